@@ -1,0 +1,224 @@
+"""The typed configuration of a run. Imports no torch and has no side effects.
+
+Sizes in tokens or bytes are :data:`HumanInt` (``128k``, ``1Mi``). Every section refuses unknown keys.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from longctx.config.humanint import HumanInt, parse_int
+
+Count = Annotated[int, BeforeValidator(parse_int), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(parse_int), Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class Rope(Section):
+    """Rotary position encoding and its length scaling, with the key names of transformers' ``rope_parameters``."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
+    rope_theta: float = Field(10000.0, gt=0)
+    factor: float | None = Field(None, gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
+    original_max_position_embeddings: Count | None = None
+    attention_factor: float | None = Field(None, gt=0)
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Rope":
+        needs = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "longrope": ("short_factor", "long_factor"),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        }
+        missing = [name for name in needs.get(self.rope_type, ()) if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"rope_type {self.rope_type!r} also needs {', '.join(missing)}")
+        return self
+
+
+class Model(Section):
+    """A Llama-family decoder. ``from_hf`` replaces every shape below by those of a local Hugging Face folder."""
+
+    from_hf: Path | None = Field(None, description="local Hugging Face folder to start from; shapes come from it")
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = Field("llama", description="export format")
+    vocab_size: Count | None = Field(None, description="rows of the embedding; default: the tokenizer's size")
+    hidden_size: Count = 256
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = Field(None, description="default: num_heads")
+    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_heads")
+    intermediate_size: Count | None = Field(None, description="default: 8/3 hidden_size, rounded up to 64")
+    max_position_embeddings: Count | None = Field(None, description="default: sequence.length")
+    norm_eps: float = Field(1e-5, gt=0)
+    rope: Rope = Rope()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    sliding_window: Count | None = Field(None, description="tokens a query sees, itself included")
+    window_layers: tuple[bool, ...] | None = Field(None, description="which layers use sliding_window; default: all")
+    init_std: float = Field(0.02, gt=0)
+    bos_token_id: NonNegative | None = None
+    eos_token_id: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "Model":
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim")
+        if self.window_layers is not None and len(self.window_layers) != self.num_layers:
+            raise ValueError(f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers")
+        if int(self.head_size * self.rope.partial_rotary_factor) % 2:
+            raise ValueError(f"head_dim {self.head_size} * rope.partial_rotary_factor must be even")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of one layer in tokens, or None for full attention."""
+        uses = self.window_layers is None or self.window_layers[layer]
+        return self.sliding_window if uses else None
+
+
+class Source(Section):
+    """One corpus built by ``longctx data build`` and its share of the training rows."""
+
+    path: Path = Field(description="folder written by `longctx data build`")
+    weight: float = Field(1.0, gt=0)
+    long_documents: Count | None = Field(None, description="documents of at least this many tokens are repeated")
+    long_repeat: float = Field(1.0, ge=1, description="how often a long document appears per epoch")
+
+
+class Data(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    tokenizer: Path | None = Field(None, description="default: the tokenizer stored with the first source")
+    seed: NonNegative = 0
+    verify: bool = Field(True, description="hash every shard before training; false checks sizes only")
+
+
+class Sequence(Section):
+    """How one sequence is cut over ranks."""
+
+    length: Count = Field(description="tokens per sequence, over all ranks")
+    degree: PositiveInt = Field(1, description="ranks that share one sequence")
+    layout: Literal["contiguous", "zigzag"] = "zigzag"
+    scheme: Literal["ring"] = "ring"
+
+
+class Schedule(Section):
+    """Learning-rate schedule over optimizer steps."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: NonNegative = 0
+    decay: NonNegative | None = Field(None, description="wsd: steps of the final decay; default: a tenth of train.steps")
+    final: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of train.lr")
+
+
+class Train(Section):
+    steps: Count
+    batch: PositiveInt = Field(1, description="sequences per optimizer step, over the whole world")
+    micro_batch: PositiveInt = Field(1, description="sequences per forward, per data rank")
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 turns clipping off")
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: NonNegative = 0
+    loss_chunk: Count = Field(1024, description="local tokens per chunk of the output head")
+    recompute: bool = Field(False, description="recompute activations in the backward; attention is never repeated")
+    max_nonfinite: NonNegative = Field(3, description="updates skipped for a non-finite loss or gradient before the run ends")
+    log_every: PositiveInt = 1
+    eval_every: NonNegative = Field(0, description="steps between held-out losses; 0: never")
+    eval_batches: PositiveInt = 8
+
+    @property
+    def decay_steps(self) -> int:
+        return self.schedule.decay if self.schedule.decay is not None else max(1, self.steps // 10)
+
+
+class Engine(Section):
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    zero: Literal[0, 1, 2, 3] = 1
+    options: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed settings, merged as they are")
+
+    @model_validator(mode="after")
+    def _ours(self) -> "Engine":
+        taken = sorted(set(self.options) & _OWNED_BY_LONGCTX)
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: longctx derives them from the rest of the config")
+        return self
+
+
+_OWNED_BY_LONGCTX = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "prescale_gradients", "gradient_predivide_factor", "sequence_parallel_size",
+}  # fmt: skip
+
+
+class Checkpoint(Section):
+    every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = Field(None, description="CPU threads per rank; default: cores / local ranks")
+    timeout: PositiveInt = Field(600, description="seconds a collective may take")
+
+
+class Trackers(Section):
+    """Sinks besides metrics.jsonl, from the `track` extra."""
+
+    tensorboard: bool = False
+    wandb: str | None = Field(None, description="W&B project name")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Path = Field(description="folder that receives checkpoints, metrics and reports")
+    model: Model = Model()
+    data: Data
+    sequence: Sequence
+    train: Train
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    runtime: Runtime = Runtime()
+    track: Trackers = Trackers()
+
+
+__all__ = [
+    "Checkpoint", "Config", "Data", "Engine", "HumanInt", "Model", "Rope", "Runtime", "Schedule", "Section",
+    "Sequence", "Source", "Trackers", "Train",
+]  # fmt: skip
