@@ -10,14 +10,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 
 from longctx.config.humanint import HumanInt, parse_int
 
-Count = Annotated[int, BeforeValidator(parse_int), Field(gt=0)]
-NonNegative = Annotated[int, BeforeValidator(parse_int), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(ge=0)]
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, defaults validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Rope(Section):
@@ -84,7 +86,9 @@ class Model(Section):
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim"
+            )
         if self.window_layers is not None and len(self.window_layers) != self.num_layers:
             raise ValueError(f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers")
         if int(self.head_size * self.rope.partial_rotary_factor) % 2:
@@ -139,7 +143,9 @@ class Schedule(Section):
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: NonNegative = 0
-    decay: NonNegative | None = Field(None, description="wsd: steps of the final decay; default: a tenth of train.steps")
+    decay: NonNegative | None = Field(
+        None, description="wsd: steps of the final decay; default: a tenth of train.steps"
+    )
     final: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of train.lr")
 
 
@@ -157,7 +163,9 @@ class Train(Section):
     seed: NonNegative = 0
     loss_chunk: Count = Field(1024, description="local tokens per chunk of the output head")
     recompute: bool = Field(False, description="recompute activations in the backward; attention is never repeated")
-    max_nonfinite: NonNegative = Field(3, description="updates skipped for a non-finite loss or gradient before the run ends")
+    max_nonfinite: NonNegative = Field(
+        3, description="updates skipped for a non-finite loss or gradient before the run ends"
+    )
     log_every: PositiveInt = 1
     eval_every: NonNegative = Field(0, description="steps between held-out losses; 0: never")
     eval_batches: PositiveInt = 8
@@ -176,13 +184,16 @@ class Engine(Section):
     def _ours(self) -> "Engine":
         taken = sorted(set(self.options) & _OWNED_BY_LONGCTX)
         if taken:
-            raise ValueError(f"options may not set {', '.join(taken)}: longctx derives them from the rest of the config")
+            raise ValueError(
+                f"options may not set {', '.join(taken)}: longctx derives them from the rest of the config"
+            )
         return self
 
 
 _OWNED_BY_LONGCTX = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "fp16", "bf16", "prescale_gradients", "gradient_predivide_factor", "sequence_parallel_size",
+    "optimizer", "scheduler", "fp16", "bf16", "prescale_gradients", "gradient_predivide_factor",
+    "sequence_parallel_size",
 }  # fmt: skip
 
 
