@@ -1,0 +1,137 @@
+"""Training rows: what row ``i`` of a run holds, as a pure function of (seed, i)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.data.corpus import Corpus
+from longctx.data.mixture import Mixture
+from longctx.data.order import DocumentOrder, Epoch
+from longctx.errors import DataError
+
+Int64Array = npt.NDArray[np.int64]
+IGNORE = -100  # label of a position that has no next token
+
+
+class SourceSettings(Protocol):
+    """The part of :class:`longctx.config.schema.Source` that shapes the rows."""
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def long_documents(self) -> int | None: ...
+
+    @property
+    def long_repeat(self) -> float: ...
+
+
+class Rows:
+    """Rows of ``length`` tokens from several corpora.
+
+    Each source lays the documents of an epoch end to end in a seeded order and cuts them into rows, so a document may
+    continue in the next row; what is left at the end of an epoch is dropped. Rows are mixed by weight. Reading touches
+    only the tokens asked for.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[Corpus, SourceSettings]], length: int, seed: int, *, shuffle: bool = True
+    ) -> None:
+        """``shuffle=False`` keeps the documents of every source in the corpus's order.
+
+        Raises :class:`DataError` when a source has fewer than ``length`` tokens or the sources' tokenizers differ.
+        """
+        if not sources:
+            raise DataError("no data source is given; list at least one under data.sources")
+        _check_same_tokenizer([corpus for corpus, _ in sources])
+        self.length = length
+        self._sources = [
+            _SourceRows(corpus, settings, length, seed, index, shuffle)
+            for index, (corpus, settings) in enumerate(sources)
+        ]
+        self._mixture = Mixture([settings.weight for _, settings in sources], seed)
+
+    @property
+    def num_rows_per_epoch(self) -> int:
+        """Rows that reading every source once would give."""
+        return sum(source.rows_per_epoch for source in self._sources)
+
+    def documents(self, row: int) -> tuple[int, ...]:
+        """Where the document pieces of a row start, ascending, the first being 0. No token is read."""
+        source, index = self._mixture.locate(row)
+        return self._sources[source].documents(index)
+
+    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]:
+        """Tokens and labels (int64 [T]) at the positions ``[start, stop)`` of ``runs``, in the order given.
+
+        A label is the document's next token, also when that lies beyond the row, and -100 at a document's end.
+        """
+        source, index = self._mixture.locate(row)
+        for start, stop in runs:
+            if not 0 <= start <= stop <= self.length:
+                raise ValueError(f"run [{start}, {stop}) lies outside a row of {self.length} tokens")
+        parts = [self._sources[source].read(index, start, stop) for start, stop in runs if start < stop]
+        empty = np.empty(0, np.int64)
+        return np.concatenate([empty, *(p[0] for p in parts)]), np.concatenate([empty, *(p[1] for p in parts)])
+
+
+class _SourceRows:
+    """Rows of one source, counted from 0 and running through its epochs."""
+
+    def __init__(
+        self, corpus: Corpus, settings: SourceSettings, length: int, seed: int, index: int, shuffle: bool
+    ) -> None:
+        self._corpus = corpus
+        self._length = length
+        lengths = np.diff(corpus.offsets)
+        self._order = DocumentOrder(lengths, seed, index, shuffle, settings.long_documents, settings.long_repeat)
+        tokens = self._order.tokens_per_epoch
+        self.rows_per_epoch = tokens // length
+        if self.rows_per_epoch == 0:
+            raise DataError(
+                f"the {corpus.split} split of corpus {corpus.folder} has {tokens} tokens, fewer than one sequence of "
+                f"{length}; lower sequence.length or add text"
+            )
+        # Two epochs: rows read around an epoch's end go back and forth.
+        self._epoch = lru_cache(maxsize=2)(self._order.epoch)
+
+    def documents(self, index: int) -> tuple[int, ...]:
+        epoch, base = self._locate(index)
+        first, last = np.searchsorted(epoch.starts, [base + 1, base + self._length])
+        return (0, *(int(start) - base for start in epoch.starts[first:last]))
+
+    def read(self, index: int, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
+        epoch, base = self._locate(index)
+        start, stop = base + start, base + stop
+        tokens, labels = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+        place = int(np.searchsorted(epoch.starts, start, side="right")) - 1
+        position = start
+        while position < stop:
+            end = int(epoch.starts[place + 1])
+            size = min(end, stop) - position
+            offset = int(self._corpus.offsets[epoch.documents[place]]) + position - int(epoch.starts[place])
+            known = min(size + 1, end - position)
+            piece = self._corpus.tokens(offset, offset + known)
+            at = position - start
+            tokens[at : at + size] = piece[:size]
+            labels[at : at + known - 1] = piece[1:]
+            labels[at + known - 1 : at + size] = IGNORE
+            position, place = position + size, place + 1
+        return tokens, labels
+
+    def _locate(self, index: int) -> tuple[Epoch, int]:
+        """Epoch of a row and the epoch's token at which the row starts."""
+        epoch, row = divmod(index, self.rows_per_epoch)
+        return self._epoch(epoch), row * self._length
+
+
+def _check_same_tokenizer(corpora: Sequence[Corpus]) -> None:
+    for corpus in corpora[1:]:
+        if corpus.tokenizer_fingerprint != corpora[0].tokenizer_fingerprint:
+            raise DataError(
+                f"corpora {corpora[0].folder} and {corpus.folder} were built with different tokenizers; "
+                "build both with the same --tokenizer"
+            )
