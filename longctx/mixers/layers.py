@@ -1,0 +1,39 @@
+"""The leaf modules that own parameters: every parameter of a model lives in one of these or in the output head.
+
+Under ZeRO-3 the parameters of a module exist only while its own ``forward`` runs, so mixers and decoders call these
+modules and never reach into their weights.
+
+Shapes: B batch, T local tokens, D features.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that leaves its memory uninitialised: the model draws all weights itself, by name and seed."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that leaves its memory uninitialised."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (fp64 stays fp64)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., D]; the result has the dtype of ``x``, times the weight."""
+        precise = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (precise * scale).to(x.dtype)

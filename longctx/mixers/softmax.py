@@ -1,0 +1,117 @@
+"""Softmax attention: grouped heads, optional biases, per-head query/key norm, rotary positions, sliding window.
+
+Shapes: B batch, T local tokens, S past and new tokens, D model, H query heads, K kv heads, E head dim.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longctx.attention import attention
+from longctx.config.schema import Model
+from longctx.errors import UnsupportedError
+from longctx.mixers.base import Mixer, StateSize
+from longctx.mixers.layers import Linear, RMSNorm
+from longctx.positions.rope import RotaryEmbedding
+from longctx.sequence.context import SequenceContext
+
+
+class KVState(NamedTuple):
+    """Rotated keys and values of all tokens seen so far."""
+
+    k_BSKE: Tensor
+    v_BSKE: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, kv_heads: int, head_dim: int, like: Tensor) -> "KVState":
+        """No token seen yet; dtype and device of ``like``."""
+        none = like.new_empty(batch, 0, kv_heads, head_dim)
+        return cls(none, none)
+
+    def append(self, k_BTKE: Tensor, v_BTKE: Tensor) -> "KVState":
+        """A new state that also holds these tokens."""
+        return KVState(torch.cat((self.k_BSKE, k_BTKE), dim=1), torch.cat((self.v_BSKE, v_BTKE), dim=1))
+
+
+class SoftmaxMixer(Mixer):
+    """Exact causal softmax attention over the whole sequence or a window of it."""
+
+    causal: ClassVar[bool] = True
+    collectives: ClassVar[frozenset[str]] = frozenset({"ring"})
+    layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag"})
+
+    def __init__(self, config: Model, layer: int) -> None:
+        super().__init__(config, layer)
+        heads, kv_heads, head_dim = config.num_heads, config.kv_heads, config.head_size
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window = config.window(layer)
+        self.rope = RotaryEmbedding.from_config(config)
+        self.q_proj = Linear(config.hidden_size, heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+
+    @classmethod
+    def state_size(cls, config: Model, layer: int) -> StateSize:
+        """Keys and values of every token."""
+        return StateSize(per_token=2 * config.kv_heads * config.head_size, per_sequence=0)
+
+    def empty_state(self, batch: int, like: Tensor) -> KVState:
+        """See :class:`Mixer`."""
+        return KVState.empty(batch, self.kv_heads, self.head_dim, like)
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """False where the rotary table changes between the two lengths."""
+        return past == 0 or self.rope.table(past) == self.rope.table(length)
+
+    def prepare(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, T, H, E], rotated keys and values [B, T, K, E]."""
+        batch, tokens, _ = x_BTD.shape
+        q_BTHE = self.q_proj(x_BTD).view(batch, tokens, self.heads, self.head_dim)
+        k_BTKE = self.k_proj(x_BTD).view(batch, tokens, self.kv_heads, self.head_dim)
+        v_BTKE = self.v_proj(x_BTD).view(batch, tokens, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        positions_BT = context.positions(x_BTD.device)
+        q_BTHE = self.rope.rotate(q_BTHE, positions_BT, context.length)
+        k_BTKE = self.rope.rotate(k_BTKE, positions_BT, context.length)
+        return q_BTHE, k_BTKE, v_BTKE
+
+    def mix(
+        self, prepared: tuple[Tensor, ...], context: SequenceContext, state: KVState | None = None, memory: Any = None
+    ) -> tuple[Tensor, KVState | None]:
+        """Attention output [B, T, H, E] and the state with the new tokens, if one was given.
+
+        Raises:
+            UnsupportedError: a memory is given, or the cached keys belong to another rotary table than this length.
+        """
+        if memory is not None:
+            raise UnsupportedError("softmax attention takes no memory; use a mixer with cross-attention")
+        q_BTHE, k_BTKE, v_BTKE = prepared
+        if state is None:
+            if context.past:
+                raise ValueError(f"the context has {context.past} past tokens but no state holds them")
+        else:
+            self._check_state(state, context)
+            state = state.append(k_BTKE, v_BTKE)
+            k_BTKE, v_BTKE = state
+        return attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window), state
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """Project the heads back to [B, T, D]."""
+        y_BTD: Tensor = self.o_proj(mixed.flatten(2))
+        return y_BTD
+
+    def _check_state(self, state: KVState, context: SequenceContext) -> None:
+        if state.k_BSKE.shape[1] != context.past:
+            raise ValueError(
+                f"the state holds {state.k_BSKE.shape[1]} tokens, the context has {context.past} past tokens"
+            )
+        if not self.state_survives(context.past, context.length):
+            raise UnsupportedError(
+                f"rope_type {self.rope.rope.rope_type!r} rotates differently at length {context.length} than at"
+                f" {context.past}: cached keys are invalid, run the whole sequence again (longctx.generate does)"
+            )

@@ -1,0 +1,1 @@
+"""Decoders assembled from config, and their Hugging Face import and export."""

@@ -1,0 +1,186 @@
+"""The decoder of the Llama family, assembled from a config.
+
+Pre-norm layers of a sequence mixer and a SwiGLU feed-forward, RMSNorm, optional tied embeddings. Everything a layer
+knows about the sequence comes through its context; this module never communicates.
+
+Shapes: B batch, T local tokens, D model, F feed-forward, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longctx.config.schema import Model
+from longctx.errors import ConfigError
+from longctx.mixers import MIXERS
+from longctx.mixers.layers import Embedding, Linear, RMSNorm
+from longctx.model.head import OutputHead
+from longctx.sequence.context import SequenceContext
+
+State = tuple[Any, ...]
+"""Decode state of a model: one entry per layer."""
+
+
+class Output(NamedTuple):
+    """What a forward returns: summed loss (None without labels), last hidden states [B, T, D], new state or None."""
+
+    loss_sum: Tensor | None
+    hidden_BTD: Tensor
+    state: State | None
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Token-local map [B, T, D] -> [B, T, D]."""
+        y_BTD: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return y_BTD
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer. With ``recompute`` all but the mixing along the sequence runs again in the backward."""
+
+    def __init__(self, config: Model, layer: int, mixer: str = "softmax", recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[mixer](config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
+    ) -> tuple[Tensor, Any]:
+        """See DESIGN.md, "A layer": state None in, None out."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            mixed, state = self.mixer.mix(self._before(x_BTD, context), context, state, memory)
+            return self._after(x_BTD, mixed), state
+        prepared = _recomputed(self._before, x_BTD, context)
+        mixed, state = self.mixer.mix(prepared, context, state, memory)
+        return _recomputed(self._after, x_BTD, mixed), state
+
+    def _before(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, ...]:
+        return self.mixer.prepare(self.mixer_norm(x_BTD), context)
+
+    def _after(self, x_BTD: Tensor, mixed: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.mixer.finish(mixed)
+        y_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return y_BTD
+
+
+class CausalLM(nn.Module):
+    """Embedding, layers, final norm and output head.
+
+    Args:
+        config: the model section, with ``vocab_size`` set.
+        recompute: recompute activations in the backward; attention is never repeated.
+        seed: initialise the weights from this seed; None leaves them uninitialised (they are about to be loaded).
+
+    Raises:
+        ConfigError: ``vocab_size`` is missing.
+    """
+
+    def __init__(self, config: Model, *, recompute: bool = False, seed: int | None = 0) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size is not set and no tokenizer has filled it in; set model.vocab_size")
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, recompute=recompute) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = OutputHead(config.vocab_size, config.hidden_size)
+        self.tie_weights()
+        if seed is not None:
+            self.init_weights(seed)
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one Parameter, if the config says so. Needed again after parameters were replaced."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight from N(0, init_std), norms 1, biases 0.
+
+        Each tensor is drawn on the host from the seed and its own name, so the values depend neither on the device,
+        nor on the dtype, nor on what other tensors a model has. Meta tensors are left alone.
+        """
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                with torch.no_grad():
+                    parameter.copy_(initial_weight(name, parameter.shape, self.config.init_std, seed))
+
+    def empty_state(self, batch: int) -> State:
+        """The decode state before the first token; passing it to :meth:`forward` asks for a state back."""
+        like = self.embed.weight
+        return tuple(_layer(layer).mixer.empty_state(batch, like) for layer in self.layers)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        context: SequenceContext,
+        labels_BT: Tensor | None = None,
+        state: Sequence[Any] | None = None,
+        loss_chunk: int = 1024,
+    ) -> Output:
+        """Run this rank's tokens.
+
+        Args:
+            tokens_BT: int64 ids of the local tokens.
+            labels_BT: the next token of each, or -100; already shifted. Given: ``loss_sum`` is the sum of the token
+                cross entropies of this rank in fp32 (fp64 for fp64), connected to the graph even without any token.
+            state: one entry per layer (see :meth:`empty_state`), or None.
+            loss_chunk: tokens per chunk of the output head.
+        """
+        x_BTD = self.embed(tokens_BT)
+        new_state = []
+        for index, layer in enumerate(self.layers):
+            x_BTD, layer_state = layer(x_BTD, context, None if state is None else state[index])
+            new_state.append(layer_state)
+        hidden_BTD = self.norm(x_BTD)
+        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
+        return Output(loss_sum, hidden_BTD, None if state is None else tuple(new_state))
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] of hidden states."""
+        logits_BTV: Tensor = self.head(hidden_BTD)
+        return logits_BTV
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """Whether a decode state of ``past`` tokens may be continued to ``length`` tokens, or all must run again.
+
+        Length-dependent rotary types change what every earlier position computed (see ``RotaryEmbedding.table``).
+        """
+        return all(_layer(layer).mixer.state_survives(past, length) for layer in self.layers)
+
+
+def initial_weight(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
+    """Initial fp32 value, on the host, of the parameter called ``name``."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator) * std
+
+
+def _layer(module: nn.Module) -> DecoderLayer:
+    return cast(DecoderLayer, module)
+
+
+def _recomputed(function: Any, *args: Any) -> Any:
+    # early_stop would leave a module in the middle of its forward; ZeRO-3 frees gathered parameters at its end.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, early_stop=False)

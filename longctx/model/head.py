@@ -1,0 +1,114 @@
+"""The output head: logits for decoding, or the summed cross entropy without ever holding T x V logits.
+
+Shapes: B batch, T local tokens, N = B*T rows, C rows of one chunk, D model, V vocabulary.
+"""
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""Label of a token that has no target."""
+
+
+class OutputHead(nn.Module):
+    """Projection from hidden states to the vocabulary, and the loss on it.
+
+    Args:
+        vocab_size, hidden_size: shape of ``weight`` [V, D], left uninitialised.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    @overload
+    def forward(self, hidden_BTD: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None, chunk: int = 1024) -> Tensor: ...
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, chunk: int = 1024) -> Tensor:
+        """Logits [B, T, V] without labels; with labels the sum of token cross entropies, fp32 (fp64 for fp64).
+
+        Labels are already shifted; :data:`IGNORED` ones add nothing. The sum is connected to the graph even when
+        there is no token or no label on this rank. ``chunk`` is in tokens.
+        """
+        if labels_BT is None:
+            return nn.functional.linear(hidden_BTD, self.weight)
+        return chunked_cross_entropy(hidden_BTD.flatten(0, 1), labels_BT.flatten(), self.weight, chunk)
+
+    def extra_repr(self) -> str:
+        """Shape of the projection."""
+        return f"vocab_size={self.weight.shape[0]}, hidden_size={self.weight.shape[1]}"
+
+
+def chunked_cross_entropy(hidden_ND: Tensor, labels_N: Tensor, weight_VD: Tensor, chunk: int) -> Tensor:
+    """Sum over rows of ``cross_entropy(hidden @ weight.T, label)``, ``chunk`` rows at a time.
+
+    Gradients are computed together with the loss, chunk by chunk, so that no logits survive; beyond the result this
+    takes O(chunk * V) memory, and N*D + V*D for the gradients where they are needed.
+    """
+    if labels_N.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"{labels_N.shape[0]} labels for {hidden_ND.shape[0]} tokens")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    # Inside a Function gradient mode always reads as off, so whether gradients are wanted is decided here.
+    grad = torch.is_grad_enabled()
+    needs = (grad and hidden_ND.requires_grad, grad and weight_VD.requires_grad)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk, needs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, needs: tuple[bool, bool]
+    ) -> Tensor:
+        precise = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=precise, device=hidden_ND.device)
+        dhidden_ND = torch.empty_like(hidden_ND) if needs[0] else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if needs[1] else None
+        for start in range(0, hidden_ND.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            dlogits_CV, chunk_loss = _chunk(hidden_ND[rows], weight_VD, labels_N[rows], precise, any(needs))
+            loss += chunk_loss
+            if dhidden_ND is not None:
+                torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[rows])
+            if dweight_VD is not None:
+                dweight_VD += dlogits_CV.T @ hidden_ND[rows]
+        ctx.save_for_backward(dhidden_ND, dweight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        dhidden_ND, dweight_VD = ctx.saved_tensors
+        return (
+            None if dhidden_ND is None else dhidden_ND * grad_loss,
+            None if dweight_VD is None else (dweight_VD * grad_loss).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk(
+    hidden_CD: Tensor, weight_VD: Tensor, labels_C: Tensor, precise: torch.dtype, grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed loss by the logits [C, V], in the matmuls' dtype (meaningless unless ``grad``); the loss."""
+    logits_CV = (hidden_CD @ weight_VD.T).to(precise)
+    valid_C = labels_C != IGNORED
+    targets_C1 = labels_C.where(valid_C, 0)[:, None]
+    lse_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+    losses_C = (lse_C1 - logits_CV.gather(1, targets_C1)).squeeze(1)
+    # where, not a product: a masked row may hold inf or nan, which times zero stays nan.
+    loss = losses_C.where(valid_C, 0).sum()
+    if not grad:
+        return logits_CV, loss
+    dlogits_CV = logits_CV.sub_(lse_C1).exp_()
+    dlogits_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
+    dlogits_CV.masked_fill_(~valid_C[:, None], 0.0)
+    return dlogits_CV.to(hidden_CD.dtype), loss

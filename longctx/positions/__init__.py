@@ -1,0 +1,1 @@
+"""Position encodings as functions of global positions and global length."""
