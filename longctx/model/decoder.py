@@ -109,7 +109,7 @@ class CausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make head and embedding one Parameter, if the config says so. Needed again after parameters were replaced."""
         if self.config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            self.head.weight = cast(nn.Parameter, self.embed.weight)
 
     def init_weights(self, seed: int) -> None:
         """Draw every weight from N(0, init_std), norms 1, biases 0.

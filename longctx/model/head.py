@@ -83,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dhidden_ND, dweight_VD = ctx.saved_tensors
         return (
@@ -98,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunk(
     hidden_CD: Tensor, weight_VD: Tensor, labels_C: Tensor, precise: torch.dtype, grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed loss by the logits [C, V], in the matmuls' dtype (meaningless unless ``grad``); the loss."""
+    """Loss gradient by the logits [C, V] in the matmuls' dtype (meaningless unless ``grad``), and the summed loss."""
     logits_CV = (hidden_CD @ weight_VD.T).to(precise)
     valid_C = labels_C != IGNORED
     targets_C1 = labels_C.where(valid_C, 0)[:, None]
