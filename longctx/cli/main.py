@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except LongctxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        lines = str(error).splitlines() or [type(error).__name__]
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,11 +43,20 @@ def _dispatch(argv: list[str]) -> int:
     chosen = argv[:1] if argv[:1] and argv[0] in COMMANDS else _available()
     modules = {name: _load(name) for name in chosen}
     parser = _build_parser(modules)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on overrides that follow an option: `check run.yaml --world 4 train.lr=1e-4`.
+    if hasattr(args, "overrides") and all(_is_override(word) for word in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is None:
         parser.print_help()
         return 2
     return int(modules[args.command].run(args))
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _build_parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:

@@ -1,0 +1,220 @@
+"""Rules that no single section can check, and what the config says about files on disk. Imports no torch.
+
+Every rule yields :class:`Problem`; all are collected, so that one run of ``longctx check`` shows everything.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx.config.document import KeyPath
+from longctx.config.hf_folder import read_hf_shapes
+from longctx.config.schema import Config, Model
+from longctx.errors import ConfigError
+
+_FREE_BESIDE_HF = {"from_hf", "rope", "max_position_embeddings"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: the key that carries it and a sentence that says what to do."""
+
+    path: KeyPath
+    message: str
+
+
+def find_problems(config: Config, world: int | None = None) -> list[Problem]:
+    """Every fault of a config that is valid section by section.
+
+    Args:
+        world: number of ranks that will run; None leaves out the rules that need it.
+    """
+    problems = [problem for rule in _RULES for problem in rule(config)]
+    if world is not None:
+        problems += _world(config, world)
+    return problems
+
+
+def _world(config: Config, world: int) -> Iterator[Problem]:
+    degree, train = config.sequence.degree, config.train
+    if world % degree:
+        fitting = [str(count) for count in range(1, world + 1) if world % count == 0]
+        choices = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "..."])
+        yield Problem(
+            ("sequence", "degree"), f"{degree} does not divide the world of {world} ranks; use one of {choices}"
+        )
+        return
+    data = world // degree
+    if train.batch % (data * train.micro_batch):
+        yield Problem(
+            ("train", "batch"),
+            f"{train.batch} is not a multiple of {data * train.micro_batch}, which is train.micro_batch "
+            f"{train.micro_batch} x {data} data ranks ({world} ranks / sequence.degree {degree})",
+        )
+
+
+def _sequence(config: Config) -> Iterator[Problem]:
+    length, degree = config.sequence.length, config.sequence.degree
+    if length < degree:
+        yield Problem(("sequence", "length"), f"{length} tokens cannot be cut over {degree} ranks; use more tokens")
+    limit = config.model.max_position_embeddings
+    if limit is not None and limit < length:
+        yield Problem(
+            ("model", "max_position_embeddings"), f"{limit} is below sequence.length {length}; raise it or leave it out"
+        )
+
+
+def _train(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.batch % train.micro_batch:
+        yield Problem(("train", "batch"), f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch}")
+    for beta in train.betas:
+        if not 0 <= beta < 1:
+            yield Problem(("train", "betas"), f"{beta} is not in [0, 1)")
+    yield from _schedule(config)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    train, schedule = config.train, config.train.schedule
+    where = ("train", "schedule")
+    if schedule.kind != "wsd" and schedule.decay is not None:
+        yield Problem(
+            (*where, "decay"), f"only kind wsd has a final decay, {schedule.kind} does not; leave it out or use wsd"
+        )
+    elif schedule.kind == "wsd" and schedule.warmup + train.decay_steps > train.steps:
+        total = f"warmup {schedule.warmup} + decay {train.decay_steps}"
+        yield Problem(where, f"{total} is more than train.steps {train.steps}; shorten them")
+    elif schedule.warmup > train.steps:
+        yield Problem((*where, "warmup"), f"{schedule.warmup} is more than train.steps {train.steps}; shorten it")
+
+
+def _rope(config: Config) -> Iterator[Problem]:
+    model, rope = config.model, config.model.rope
+    if model.window_layers is not None and model.sliding_window is None and model.from_hf is None:
+        yield Problem(("model", "window_layers"), "has no effect without model.sliding_window; set both or neither")
+    base = rope.original_max_position_embeddings
+    limit = model.max_position_embeddings or config.sequence.length
+    if rope.rope_type in ("yarn", "longrope", "llama3") and base is None:
+        yield Problem(
+            ("model", "rope"), f"{rope.rope_type} needs original_max_position_embeddings, the length before scaling"
+        )
+    elif rope.rope_type in ("yarn", "longrope") and rope.factor is None and base is not None and base > limit:
+        yield Problem(("model", "rope"), f"original_max_position_embeddings {base} is above the model's {limit}")
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if low is not None and high is not None and low >= high:
+        yield Problem(("model", "rope", "low_freq_factor"), f"{low} must be below high_freq_factor {high}")
+    if model.from_hf is None:
+        yield from _rope_factors(model)
+
+
+def _rope_factors(model: Model) -> Iterator[Problem]:
+    pairs = int(model.head_size * model.rope.partial_rotary_factor) // 2
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(model.rope, name)
+        if factors is not None and len(factors) != pairs:
+            message = f"has {len(factors)} numbers for {pairs} rotated pairs; give one number per pair"
+            yield Problem(("model", "rope", name), message)
+
+
+def _from_hf(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.from_hf is None:
+        return
+    for name, field in Model.model_fields.items():
+        if name not in _FREE_BESIDE_HF and getattr(model, name) != field.get_default():
+            message = f"comes from model.from_hf ({model.from_hf}) and cannot be set beside it; leave it out"
+            yield Problem(("model", name), message)
+    try:
+        read_hf_shapes(model.from_hf)
+    except ConfigError as error:
+        yield Problem(("model", "from_hf"), str(error))
+        return
+    if not any(model.from_hf.glob("*.safetensors")):
+        yield Problem(("model", "from_hf"), f"{model.from_hf} holds no weights (*.safetensors)")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    fingerprints: dict[str, Path] = {}
+    for index, source in enumerate(config.data.sources):
+        where: KeyPath = ("data", "sources", index, "path")
+        try:
+            manifest = read_manifest_json(source.path)
+        except ConfigError as error:
+            yield Problem(where, str(error))
+            continue
+        fingerprints[str(manifest["tokenizer"]["fingerprint"])] = source.path
+        yield from _fits(config, manifest, where)
+        if source.long_repeat > 1 and source.long_documents is None:
+            yield Problem((*where[:3], "long_repeat"), "has no effect without long_documents; set both or neither")
+    if len(fingerprints) > 1:
+        folders = " and ".join(map(str, list(fingerprints.values())[:2]))
+        yield Problem(("data", "sources"), f"{folders} were built with different tokenizers; build them with one")
+    if config.data.tokenizer is not None and not config.data.tokenizer.exists():
+        yield Problem(("data", "tokenizer"), f"{config.data.tokenizer} does not exist")
+
+
+def _fits(config: Config, manifest: dict[str, Any], where: KeyPath) -> Iterator[Problem]:
+    """Vocabulary and length of one corpus against the model and the sequence."""
+    words, tokens = int(manifest["tokenizer"]["vocab_size"]), split_tokens(manifest, "train")
+    if config.model.vocab_size is not None and config.model.vocab_size < words:
+        yield Problem(
+            ("model", "vocab_size"), f"{config.model.vocab_size} is below the {words} tokens of the corpus' tokenizer"
+        )
+    if tokens < config.sequence.length:
+        message = f"holds {tokens} training tokens, fewer than sequence.length {config.sequence.length}"
+        yield Problem(where, f"{message}; add text or shorten the sequence")
+    if config.train.eval_every and not split_tokens(manifest, "valid"):
+        message = "the corpus has no held-out split; build it with --holdout or set train.eval_every to 0"
+        yield Problem(("train", "eval_every"), message)
+
+
+def _run(config: Config) -> Iterator[Problem]:
+    here = config.run.absolute()
+    while not here.exists() and here != here.parent:
+        here = here.parent
+    if not here.is_dir():
+        yield Problem(("run",), f"{config.run} cannot be a folder: {here} is a file")
+    elif not os.access(here, os.W_OK | os.X_OK):
+        yield Problem(("run",), f"{config.run} is not writable (no permission in {here}); choose another folder")
+
+
+def _packages(config: Config) -> Iterator[Problem]:
+    wanted = {"tensorboard": config.track.tensorboard, "wandb": config.track.wandb is not None}
+    for name, asked in wanted.items():
+        if asked and importlib.util.find_spec(name) is None:
+            yield Problem(("track", name), f"needs the package {name}; install it with `pip install 'longctx[track]'`")
+
+
+_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _run, _from_hf, _rope, _data, _sequence, _train, _packages,
+)  # fmt: skip
+
+
+def read_manifest_json(folder: Path) -> dict[str, Any]:
+    """Manifest of a corpus folder, as far as checking a config needs it; :mod:`longctx.data` verifies the rest.
+
+    Raises:
+        ConfigError: the folder is missing, is no corpus, or its manifest is malformed.
+    """
+    file = folder / "manifest.json"
+    if not folder.exists():
+        raise ConfigError(f"the corpus {folder} does not exist; build it with `longctx data build`")
+    try:
+        manifest = json.loads(file.read_bytes())
+        int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["fingerprint"], split_tokens(manifest, "train")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} is no corpus (no manifest.json); build it with `longctx data build`") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} is damaged; build the corpus again with `longctx data build`") from None
+    return dict(manifest)
+
+
+def split_tokens(manifest: dict[str, Any], split: str) -> int:
+    """Tokens of one split, ``train`` or ``valid``."""
+    return sum(int(shard["tokens"]) for shard in manifest["shards"].get(split, []))

@@ -1,0 +1,94 @@
+"""What a local Hugging Face folder says about its model, read from JSON alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from longctx.config.schema import Model
+from longctx.errors import ConfigError
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Supported ``architectures`` entries of config.json and the family each belongs to."""
+
+
+def read_hf_json(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder whose architecture longctx supports.
+
+    Raises:
+        ConfigError: the folder or the file is missing or malformed, or the architecture is not supported.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give a local Hugging Face folder (nothing is downloaded)")
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no config.json; give a local Hugging Face folder") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{file} is not JSON") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not a JSON object")
+    architecture(values, file)
+    return values
+
+
+def architecture(values: dict[str, Any], file: Path) -> str:
+    """Family of a ``config.json``: llama, mistral, qwen2 or qwen3.
+
+    Raises:
+        ConfigError: another architecture, named together with the supported ones.
+    """
+    found = values.get("architectures") or []
+    for name in found if isinstance(found, list) else [found]:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    if not found and values.get("model_type") in ARCHITECTURES.values():
+        return str(values["model_type"])
+    named = ", ".join(map(str, found)) if isinstance(found, list) and found else repr(values.get("model_type"))
+    raise ConfigError(
+        f"{file} is of architecture {named}, which is not supported; supported: {', '.join(ARCHITECTURES)}"
+    )
+
+
+def read_hf_shapes(folder: Path) -> Model:
+    """The model section of a folder as far as its parameter count needs it (no rope, window or token ids).
+
+    Raises:
+        ConfigError: as :func:`read_hf_json`, or a shape is missing or contradicts another one.
+    """
+    values = read_hf_json(folder)
+    family = architecture(values, folder / "config.json")
+    try:
+        return Model.model_validate(
+            {
+                "family": family,
+                "vocab_size": values["vocab_size"],
+                "hidden_size": values["hidden_size"],
+                "num_layers": values["num_hidden_layers"],
+                "num_heads": values["num_attention_heads"],
+                "num_kv_heads": values.get("num_key_value_heads"),
+                "head_dim": values.get("head_dim"),
+                "intermediate_size": values["intermediate_size"],
+                "qkv_bias": values.get("attention_bias", False) or family == "qwen2",
+                "o_bias": values.get("attention_bias", False) and family != "qwen2",
+                "mlp_bias": values.get("mlp_bias", False),
+                "qk_norm": family == "qwen3",
+                "tie_embeddings": values.get("tie_word_embeddings", False),
+                "max_position_embeddings": values.get("max_position_embeddings"),
+            }
+        )
+    except KeyError as error:
+        raise ConfigError(f"{folder / 'config.json'} has no {error.args[0]}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"])) or "shapes"
+        raise ConfigError(f"{folder / 'config.json'}: {key}: {fault['msg'].removeprefix('Value error, ')}") from None
