@@ -24,7 +24,8 @@ def test_step_line_shows_every_number() -> None:
 def test_step_line_with_known_mfu_and_a_skipped_step() -> None:
     line = step_line(RECORD | {"mfu": 0.4312, "skipped": True, "loss": math.nan, "grad_norm": math.inf}, 120)
     assert line == (
-        "step 120/120 100.0% | loss nan | gnorm inf | lr 3.0e-4 | 41.2k tok/s | mfu 43.1% | mem 1.3 GB | eta 2h14m | skipped"
+        "step 120/120 100.0% | loss nan | gnorm inf | lr 3.0e-4 | 41.2k tok/s | mfu 43.1% | mem 1.3 GB | eta 2h14m"
+        " | skipped"
     )
 
 
@@ -38,7 +39,8 @@ def test_step_line_with_nothing_known() -> None:
     "value, text",
     [
         (0, "0"), (7, "7"), (999, "999"), (999.4, "999"), (999.6, "1.00k"), (1000, "1.00k"), (9996, "10.0k"),
-        (41_234, "41.2k"), (999_600, "1.00M"), (1_048_576, "1.05M"), (2.5e12, "2.50T"), (0.5, "0.500"), (-1500, "-1.50k"),
+        (41_234, "41.2k"), (999_600, "1.00M"), (1_048_576, "1.05M"),
+        (2.5e12, "2.50T"), (0.5, "0.500"), (-1500, "-1.50k"),
         (None, "n/a"), (math.nan, "n/a"), (math.inf, "n/a"),
     ],
 )  # fmt: skip

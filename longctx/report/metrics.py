@@ -1,0 +1,144 @@
+"""Reads metrics.jsonl as runs really leave it: torn by a kill, with steps repeated after a resume."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from longctx.errors import LongctxError
+
+Record = dict[str, Any]
+_OPENING = '{"kind"'
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A run that stopped after ``stopped`` and went on from the checkpoint of step ``resumed``."""
+
+    stopped: int
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The records of one run: ``train`` and ``valid`` in ascending step order, each step once, the last writing of it.
+
+    ``events`` keep the order of the file. ``seconds`` is the wall time all processes of the run spent between their
+    first and last logged step, repeated steps included, idle time between a stop and a resume excluded.
+    ``torn`` counts lines that could not be read.
+    """
+
+    train: tuple[Record, ...]
+    valid: tuple[Record, ...]
+    events: tuple[Record, ...]
+    interruptions: tuple[Interruption, ...]
+    seconds: float
+    torn: int
+
+    def series(self, field: str, kind: str = "train") -> tuple[list[int], list[float]]:
+        """Steps and values of one numeric field, in step order; records where it is missing or null are left out."""
+        records = self.train if kind == "train" else self.valid
+        known = [record for record in records if _is_number(record.get(field))]
+        return [record["step"] for record in known], [float(record[field]) for record in known]
+
+    def median(self, field: str) -> float | None:
+        """Median of the finite values of a training field, or None if there is none."""
+        finite = [value for value in self.series(field)[1] if math.isfinite(value)]
+        return median(finite) if finite else None
+
+    def latest_event(self, field: str) -> Any:
+        """The newest value any event gives for ``field``, or None."""
+        return next((event[field] for event in reversed(self.events) if field in event), None)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a run's metrics.jsonl.
+
+    Raises:
+        LongctxError: the file does not exist, or holds no training step.
+    """
+    try:
+        # A kill can tear a line inside a multi-byte character; such a line is torn, not a reason to give up.
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise LongctxError(f"{path} does not exist: no training has logged a step to this run folder yet") from None
+    except OSError as error:
+        raise LongctxError(f"{path} cannot be read: {error.strerror}") from None
+    metrics = parse_metrics(text.splitlines())
+    if not metrics.train:
+        raise LongctxError(f"{path} holds no training step yet: let the run log at least one step, then report again")
+    return metrics
+
+
+def parse_metrics(lines: Iterable[str]) -> Metrics:
+    """Metrics from the lines of a metrics.jsonl; see :class:`Metrics` for the rules."""
+    records, torn = [], 0
+    for line in lines:
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None or _parse_whole(line) is None:
+            torn += 1
+        if record is not None:
+            records.append(record)
+    return Metrics(
+        train=_last_writing(records, "train"),
+        valid=_last_writing(records, "valid"),
+        events=tuple(record for record in records if record["kind"] == "event"),
+        interruptions=tuple(_interruptions(records)),
+        seconds=sum(_seconds(session) for session in _sessions(records)),
+        torn=torn,
+    )
+
+
+def _parse(line: str) -> Record | None:
+    whole = _parse_whole(line)
+    # A process resumed after a kill may append to the torn half line: the new record is then the line's tail.
+    return whole if whole is not None else _parse_whole(line[max(0, line.rfind(_OPENING)) :])
+
+
+def _parse_whole(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    usable = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if usable else None
+
+
+def _last_writing(records: list[Record], kind: str) -> tuple[Record, ...]:
+    by_step = {record["step"]: record for record in records if record["kind"] == kind}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _interruptions(records: list[Record]) -> Iterator[Interruption]:
+    stopped = 0
+    for record in records:
+        if record["kind"] == "train":
+            stopped = record["step"]
+        elif record["kind"] == "event" and record.get("event") == "resume":
+            yield Interruption(stopped, record["step"])
+
+
+def _sessions(records: list[Record]) -> Iterator[list[Record]]:
+    """Training records grouped by the process that wrote them."""
+    session: list[Record] = []
+    for record in records:
+        if record["kind"] == "event" and record.get("event") in ("start", "resume"):
+            yield session
+            session = []
+        elif record["kind"] == "train":
+            session.append(record)
+    yield session
+
+
+def _seconds(session: list[Record]) -> float:
+    timed = [record for record in session if _is_number(record.get("time")) and _is_number(record.get("seconds"))]
+    return float(timed[-1]["time"] - timed[0]["time"] + timed[0]["seconds"]) if timed else 0.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
