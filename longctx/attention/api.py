@@ -1,0 +1,54 @@
+"""The one attention function.
+
+Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
+"""
+
+import torch
+
+from longctx.attention.kernels import Kernel, choose_kernel
+from longctx.attention.ring import RingAttention, RingCall
+from longctx.errors import UnsupportedError
+from longctx.sequence.context import SequenceContext
+
+
+def attention(
+    q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, context: SequenceContext, *, causal: bool = True,
+    window: int | None = None, scale: float | None = None, kernel: Kernel | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Exact softmax attention of this rank's queries over the keys of all ranks; documents never see each other.
+
+    Args:
+        q_BTHE: this rank's queries.
+        k_BTKE, v_BTKE: this rank's keys and values; when decoding (``context.past > 0``) those of all past and new tokens.
+        window: tokens a query sees, itself included; None for no limit.
+        scale: factor of the scores; default E ** -0.5.
+        kernel: default: chosen from device and dtype.
+
+    Returns:
+        out_BTHE in the dtype of q. Accumulates in fp32 (fp64 for fp64).
+
+    Raises:
+        UnsupportedError: head counts, dtypes or devices that no kernel takes.
+        ValueError: shapes that do not fit the context.
+    """
+    batch, rows, heads, head_dim = q_BTHE.shape
+    plan = context.plan(causal, window)
+    keys = plan.keys.sizes[context.rank]
+    if (batch, rows) != (context.batch, context.local_length) or k_BTKE.shape[:2] != (batch, keys):
+        raise ValueError(
+            f"queries {tuple(q_BTHE.shape)} and keys {tuple(k_BTKE.shape)} do not fit a context of {context.batch} x "
+            f"{context.local_length} local queries and {keys} local keys"
+        )
+    if heads % k_BTKE.shape[2] or v_BTKE.shape != k_BTKE.shape:
+        raise UnsupportedError(
+            f"{heads} query heads over keys {tuple(k_BTKE.shape)} and values {tuple(v_BTKE.shape)}: query heads must be a "
+            "multiple of kv heads, and keys and values of one shape"
+        )
+    if window is not None and window < 1:
+        raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
+    call = RingCall(
+        plan, context.group, context.ledger, kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype),
+        head_dim**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    out_NHE: torch.Tensor = RingAttention.apply(q_BTHE.flatten(0, 1), k_BTKE.flatten(0, 1), v_BTKE.flatten(0, 1), call)
+    return out_NHE.unflatten(0, (batch, rows))

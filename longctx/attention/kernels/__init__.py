@@ -1,0 +1,24 @@
+"""Kernels: one file per backend, one signature. The choice depends on the device and dtype alone."""
+
+import torch
+
+from longctx.attention.kernels.base import Kernel
+from longctx.attention.kernels.cpu_flash import CPU_FLASH
+from longctx.attention.kernels.cuda_flash import CUDA_FLASH
+from longctx.attention.kernels.naive import NAIVE
+from longctx.errors import UnsupportedError
+
+__all__ = ["CPU_FLASH", "CUDA_FLASH", "NAIVE", "Kernel", "choose_kernel"]
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The fastest kernel for tensors of ``dtype`` on ``device``.
+
+    Raises:
+        UnsupportedError: no kernel works in this dtype on this device.
+    """
+    kernels = {"cpu": (CPU_FLASH,), "cuda": (CUDA_FLASH, NAIVE)}.get(device.type, ())
+    for kernel in kernels:
+        if dtype in kernel.dtypes:
+            return kernel
+    raise UnsupportedError(f"no attention kernel for {dtype} on {device.type}; use float32 or bfloat16 on cpu or cuda")

@@ -1,0 +1,50 @@
+"""The oracle: dense attention of one block, every score held. Works in any floating dtype on any device."""
+
+import torch
+
+from longctx.attention.kernels.base import Gradients, Kernel
+from longctx.sequence.plan import Mask
+
+
+def _scores(q_NHE: torch.Tensor, k_MKE: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
+    wide = torch.promote_types(q_NHE.dtype, torch.float32)
+    groups = q_NHE.shape[1] // k_MKE.shape[1]
+    k_MHE = k_MKE.to(wide).repeat_interleave(groups, dim=1)
+    scores_HNM = torch.einsum("nhe,mhe->hnm", q_NHE.to(wide), k_MHE) * scale
+    if mask == "full":
+        return scores_HNM
+    ones = torch.ones(scores_HNM.shape[1:], dtype=torch.bool, device=q_NHE.device)
+    visible = ones.tril() if mask == "causal" else ones.triu()
+    return scores_HNM.masked_fill(~visible, float("-inf"))
+
+
+def forward(
+    q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_HNM = _scores(q_NHE, k_MKE, mask, scale)
+    lse_HN = scores_HNM.logsumexp(-1)
+    weights_HNM = torch.exp(scores_HNM - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
+    v_MHE = v_MKE.to(weights_HNM.dtype).repeat_interleave(q_NHE.shape[1] // k_MKE.shape[1], dim=1)
+    return torch.einsum("hnm,mhe->nhe", weights_HNM, v_MHE).to(q_NHE.dtype), lse_HN.T
+
+
+def backward(
+    dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
+    out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
+) -> Gradients:  # fmt: skip
+    wide = lse_NH.dtype
+    groups = q_NHE.shape[1] // k_MKE.shape[1]
+    lse_HN = lse_NH.T
+    weights_HNM = torch.exp(_scores(q_NHE, k_MKE, mask, scale) - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
+    dout, q, out = dout_NHE.to(wide), q_NHE.to(wide), out_NHE.to(wide)
+    k_MHE, v_MHE = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k_MKE, v_MKE))
+    delta_HN = (dout * out).sum(-1).T
+    dscores_HNM = weights_HNM * (torch.einsum("nhe,mhe->hnm", dout, v_MHE) - delta_HN[..., None]) * scale
+    dq_NHE = torch.einsum("hnm,mhe->nhe", dscores_HNM, k_MHE)
+    dk_MHE = torch.einsum("hnm,nhe->mhe", dscores_HNM, q)
+    dv_MHE = torch.einsum("hnm,nhe->mhe", weights_HNM, dout)
+    dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (dk_MHE, dv_MHE))
+    return dq_NHE.to(q_NHE.dtype), dk.to(k_MKE.dtype), dv.to(v_MKE.dtype)
+
+
+NAIVE = Kernel("naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward)

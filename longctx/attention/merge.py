@@ -1,0 +1,15 @@
+"""Joining partial attention results over disjoint sets of keys: associative, commutative, safe at -inf.
+
+``n = logaddexp(a, b)``, weights ``exp(a - d)`` with ``d = n`` where n is finite and 0 where no key was seen at all.
+"""
+
+import torch
+
+
+def merge_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, part_NHE: torch.Tensor, part_lse_NH: torch.Tensor) -> None:
+    """Merge a partial result into the accumulators in place; accumulators are fp32 or fp64."""
+    joint_NH = torch.logaddexp(lse_NH, part_lse_NH)
+    divisor_NH = joint_NH.masked_fill(joint_NH.isneginf(), 0)
+    out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
+    out_NHE.addcmul_(part_NHE.to(out_NHE.dtype), torch.exp(part_lse_NH - divisor_NH)[..., None])
+    lse_NH.copy_(joint_NH)

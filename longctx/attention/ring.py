@@ -1,0 +1,92 @@
+"""Ring attention: keys and values travel around the ranks, forward and backward.
+
+Ring Attention with Blockwise Transformers (arXiv 2310.01889), with the work cut into slices by an AttentionPlan and the
+backward of FlashAttention (global out and log-sum-exp in every block). Legend: N = B*T flattened query rows, M key rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longctx.attention.kernels import Kernel
+from longctx.attention.local import Partial, gradients
+from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.ledger import Ledger, Transfer
+from longctx.sequence.collectives.ring import Homeward, Schedule, circulate, planned_transfers
+from longctx.sequence.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class RingCall:
+    """Everything about one attention call that is no tensor."""
+
+    plan: AttentionPlan
+    group: Group
+    ledger: Ledger | None
+    kernel: Kernel
+    scale: float
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.plan.last_hop)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Flattened key rows of every rank."""
+        return [len(self.plan.documents) * size for size in self.plan.keys.sizes]
+
+
+class RingAttention(torch.autograd.Function):
+    """q_NHE, k_MKE, v_MKE -> out_NHE. Saves q, k, v, out and lse; the backward sends keys and values once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
+    ) -> torch.Tensor:
+        partial = Partial.empty(q_NHE)
+        kv_M2KE = torch.stack((k_MKE, v_MKE), dim=1)
+        for _, source, block in circulate(kv_M2KE, call.sizes, call.schedule, call.group, call.ledger):
+            if block is None:
+                continue
+            slices = call.plan.slices(call.group.rank, source)
+            partial.attend(q_NHE, block[:, 0], block[:, 1], slices, call.kernel, call.scale)
+        out_NHE = partial.out_NHE.to(q_NHE.dtype)
+        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, out_NHE, partial.lse_NH)
+        ctx.call = call
+        return out_NHE
+
+    @staticmethod
+    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        call: RingCall = ctx.call
+        q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors
+        dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
+        kv_M2KE = torch.stack((k_MKE, v_MKE), dim=1)
+        own = torch.zeros_like(kv_M2KE, dtype=lse_NH.dtype)
+        homeward = Homeward(own, call.sizes, call.schedule, call.group, call.ledger)
+        for hop, source, block in circulate(kv_M2KE, call.sizes, call.schedule, call.group, call.ledger):
+            dkv_M2KE = None
+            if block is not None:
+                slices = call.plan.slices(call.group.rank, source)
+                dkv_M2KE = gradients(
+                    dout_NHE, q_NHE, block[:, 0], block[:, 1], out_NHE, lse_NH, slices, call.kernel, call.scale, dq_NHE
+                )
+            if hop == 0:
+                assert dkv_M2KE is not None
+                own = dkv_M2KE
+            else:
+                homeward.add(hop, dkv_M2KE)
+        arrived = homeward.arrived()
+        if arrived is not None:
+            own += arrived
+        return dq_NHE.to(q_NHE.dtype), own[:, 0].to(k_MKE.dtype), own[:, 1].to(v_MKE.dtype), None
+
+
+def planned_traffic(plan: AttentionPlan, rank: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Transfer]:
+    """The transfers of one forward and one backward of ring attention on ``rank``, in order."""
+    call_sizes = [len(plan.documents) * size for size in plan.keys.sizes]
+    numbers = 2 * kv_heads * head_dim
+    wide = torch.promote_types(dtype, torch.float32)
+    schedule = Schedule(plan.last_hop)
+    forward = planned_transfers(rank, schedule, call_sizes, numbers * dtype.itemsize)
+    return forward + planned_transfers(rank, schedule, call_sizes, numbers * dtype.itemsize, numbers * wide.itemsize)

@@ -1,0 +1,1 @@
+"""Process start under any launcher and the mesh of ranks."""

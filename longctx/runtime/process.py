@@ -1,0 +1,66 @@
+"""Start and end of this process's part in a run: device, threads, process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longctx.config.schema import Runtime
+from longctx.errors import ConfigError, LaunchError
+from longctx.runtime.launcher import Launch, read_launch
+from longctx.runtime.mesh import Mesh, build_mesh
+
+
+@contextmanager
+def joined_world(runtime: Runtime, sequence_degree: int) -> Iterator[Mesh]:
+    """Join the world this process was launched into, build the mesh, and leave the world at the end."""
+    launch = read_launch()
+    device = _device(runtime, launch)
+    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
+    _join(launch, device, runtime.timeout)
+    try:
+        yield build_mesh(sequence_degree, device, runtime.timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(runtime: Runtime, launch: Launch) -> torch.device:
+    kind = runtime.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device = cuda, but torch finds no CUDA device; set runtime.device=cpu or auto")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {launch.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
+            "start at most one process per GPU"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
+
+
+def _join(launch: Launch, device: torch.device, timeout_s: int) -> None:
+    # DeepSpeed reads these names itself, whichever launcher started us.
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(launch.local_world), MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port),
+    )  # fmt: skip
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{launch.address}:{launch.port}" if launch.launcher != "torchrun" else "env://",
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise LaunchError(
+            f"rank {launch.rank} of {launch.world} ({launch.launcher}) could not meet the others at "
+            f"{launch.address}:{launch.port} within {timeout_s} s: {str(error).splitlines()[0]}"
+        ) from error

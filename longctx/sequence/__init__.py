@@ -1,0 +1,1 @@
+"""How one sequence lies on many ranks and how it moves."""

@@ -1,0 +1,125 @@
+"""SequenceContext: the only thing a layer is told about the sequence.
+
+Legend: B batch, T local tokens, S global tokens.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import UnsupportedError
+from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.ledger import Ledger
+from longctx.sequence.layout import Layout
+from longctx.sequence.plan import AttentionPlan, Documents
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceContext:
+    """One micro-batch of sequences, cut over the ranks of ``group`` by ``layout``.
+
+    ``documents[b]`` are the ascending global start offsets of the documents in row b; the first is 0. Immutable; built
+    per micro-batch on the host, identically on every rank. ``ledger``, when given, records every collective.
+    """
+
+    group: Group
+    layout: Layout
+    documents: Documents
+    past: int = 0
+    ledger: Ledger | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for row, starts in enumerate(self.documents):
+            ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+            if not starts or starts[0] != 0 or not ascending or starts[-1] >= max(1, self.length):
+                raise ValueError(f"documents of row {row} must start at 0 and ascend below {self.length}: {starts}")
+        if self.layout.degree != self.group.size:
+            raise ValueError(f"a layout over {self.layout.degree} ranks on a group of {self.group.size}")
+
+    @staticmethod
+    def single(batch: int, length: int, documents: Documents | None = None) -> "SequenceContext":
+        """Whole sequences on one rank; without ``documents`` each row is one document."""
+        layout = Layout(length, (((0, length),) if length else (),))
+        return SequenceContext(Group(0, (0,)), layout, documents or ((0,),) * batch)
+
+    @property
+    def batch(self) -> int:
+        return len(self.documents)
+
+    @property
+    def length(self) -> int:
+        """Global tokens per row, S."""
+        return self.layout.length
+
+    @property
+    def local_length(self) -> int:
+        """Tokens per row on this rank, T."""
+        return self.layout.sizes[self.rank]
+
+    @property
+    def degree(self) -> int:
+        return self.group.size
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    def extend(self, new: int) -> "SequenceContext":
+        """The context of ``new`` tokens that follow this one's, for decoding on one rank.
+
+        Raises:
+            UnsupportedError: the sequence is sharded or packed.
+        """
+        if self.degree > 1 or any(len(starts) > 1 for starts in self.documents):
+            raise UnsupportedError(
+                "decoding continues one unsharded document per row; use sequence degree 1, no packing"
+            )
+        layout = Layout(self.length + new, (((self.length, self.length + new),),))
+        return replace(self, layout=layout, past=self.length)
+
+    def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
+        """The attention plan of these tokens over this context's keys, computed once."""
+        key = ("plan", causal, window)
+        if key not in self._made:
+            keys = Layout(self.length, (((0, self.length),),)) if self.past else self.layout
+            self._made[key] = AttentionPlan(self.layout, keys, self.documents, causal, window)
+        plan: AttentionPlan = self._made[key]
+        return plan
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Position of each local token inside its document, int64 [B, T]."""
+        key = ("positions", str(device))
+        if key not in self._made:
+            index_T = torch.from_numpy(self.layout.indices(self.rank))
+            rows = []
+            for starts in self.documents:
+                starts_N = torch.tensor(starts)
+                rows.append(index_T - starts_N[torch.searchsorted(starts_N, index_T, right=True) - 1])
+            self._made[key] = torch.stack(rows).to(device) if rows else index_T.new_empty(0, self.local_length)
+        positions_BT: torch.Tensor = self._made[key]
+        return positions_BT
+
+    def shard(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens, in layout order, of a tensor whose dimension 1 is the global sequence."""
+        index_T = torch.from_numpy(self.layout.indices(self.rank)).to(x_BS.device)
+        return x_BS.index_select(1, index_T)
+
+    def unshard(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """Gather all ranks' tokens into global order along dimension 1. For tests and evaluation; not differentiable."""
+        if self.degree == 1:
+            return x_BT
+        shape = list(x_BT.shape)
+        shape[1] = max(self.layout.sizes)
+        padded = x_BT.new_zeros(shape)
+        padded[:, : x_BT.shape[1]] = x_BT.detach()
+        gathered = [torch.empty_like(padded) for _ in range(self.degree)]
+        dist.all_gather(gathered, padded, group=self.group.handle)
+        shape[1] = self.length
+        x_BS = x_BT.new_empty(shape)
+        for rank, part in enumerate(gathered):
+            index_T = torch.from_numpy(self.layout.indices(rank)).to(x_BT.device)
+            x_BS[:, index_T] = part[:, : self.layout.sizes[rank]]
+        return x_BS
