@@ -19,7 +19,7 @@ def attention(
 
     Args:
         q_BTHE: this rank's queries.
-        k_BTKE, v_BTKE: this rank's keys and values; when decoding (``context.past > 0``) those of all past and new tokens.
+        k_BTKE, v_BTKE: this rank's keys and values; when decoding (``context.past > 0``) all past and new ones.
         window: tokens a query sees, itself included; None for no limit.
         scale: factor of the scores; default E ** -0.5.
         kernel: default: chosen from device and dtype.
@@ -41,8 +41,8 @@ def attention(
         )
     if heads % k_BTKE.shape[2] or v_BTKE.shape != k_BTKE.shape:
         raise UnsupportedError(
-            f"{heads} query heads over keys {tuple(k_BTKE.shape)} and values {tuple(v_BTKE.shape)}: query heads must be a "
-            "multiple of kv heads, and keys and values of one shape"
+            f"{heads} query heads over keys {tuple(k_BTKE.shape)} and values {tuple(v_BTKE.shape)}: "
+            "query heads must be a multiple of kv heads, and keys and values of one shape"
         )
     if window is not None and window < 1:
         raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
@@ -50,5 +50,6 @@ def attention(
         plan, context.group, context.ledger, kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype),
         head_dim**-0.5 if scale is None else scale,
     )  # fmt: skip
-    out_NHE: torch.Tensor = RingAttention.apply(q_BTHE.flatten(0, 1), k_BTKE.flatten(0, 1), v_BTKE.flatten(0, 1), call)
-    return out_NHE.unflatten(0, (batch, rows))
+    q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
+    out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, call)  # type: ignore[no-untyped-call]
+    return out_NHE.view(batch, rows, heads, head_dim)

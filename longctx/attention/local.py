@@ -1,4 +1,4 @@
-"""A rank's own work on one block of keys: run the kernel over a list of slices and accumulate in fp32 (fp64 in fp64)."""
+"""A rank's own work on one block of keys: run the kernel over its slices, accumulate in fp32 (fp64 for fp64)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

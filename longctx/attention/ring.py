@@ -1,7 +1,8 @@
 """Ring attention: keys and values travel around the ranks, forward and backward.
 
-Ring Attention with Blockwise Transformers (arXiv 2310.01889), with the work cut into slices by an AttentionPlan and the
-backward of FlashAttention (global out and log-sum-exp in every block). Legend: N = B*T flattened query rows, M key rows.
+Ring Attention with Blockwise Transformers (arXiv 2310.01889), with the work cut into slices by an AttentionPlan and
+the backward of FlashAttention (global out and log-sum-exp in every block). Legend: N = B*T flattened query rows, M key
+rows, H query heads, K kv heads, E head dim.
 """
 
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class RingAttention(torch.autograd.Function):
         return out_NHE
 
     @staticmethod
-    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors
         dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)

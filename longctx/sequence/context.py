@@ -4,6 +4,7 @@ Legend: B batch, T local tokens, S global tokens.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class SequenceContext:
 
     def __post_init__(self) -> None:
         for row, starts in enumerate(self.documents):
-            ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+            ascending = all(a < b for a, b in pairwise(starts))
             if not starts or starts[0] != 0 or not ascending or starts[-1] >= max(1, self.length):
                 raise ValueError(f"documents of row {row} must start at 0 and ascend below {self.length}: {starts}")
         if self.layout.degree != self.group.size:
@@ -74,9 +75,7 @@ class SequenceContext:
             UnsupportedError: the sequence is sharded or packed.
         """
         if self.degree > 1 or any(len(starts) > 1 for starts in self.documents):
-            raise UnsupportedError(
-                "decoding continues one unsharded document per row; use sequence degree 1, no packing"
-            )
+            raise UnsupportedError("decoding continues one unsharded document per row; use degree 1, no packing")
         layout = Layout(self.length + new, (((self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
@@ -108,7 +107,7 @@ class SequenceContext:
         return x_BS.index_select(1, index_T)
 
     def unshard(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """Gather all ranks' tokens into global order along dimension 1. For tests and evaluation; not differentiable."""
+        """Gather all ranks' tokens into global order along dimension 1. Not differentiable."""
         if self.degree == 1:
             return x_BT
         shape = list(x_BT.shape)

@@ -1,13 +1,15 @@
 """AttentionPlan: which slices of which hop are computed and which blocks are sent. Pure integers, no tensors.
 
-Causality, documents, windows and sharding all become slices ``(q_start, q_end, k_start, k_end, mask)`` over the flattened
-batch x local-token axes of the query rank and the key rank. A window's band is cut into triangles and rectangles.
+Causality, documents, windows and sharding all become slices ``(q_start, q_end, k_start, k_end, mask)`` over the
+flattened batch x local-token axes of the query rank and the key rank. A window's band is cut into triangles and
+rectangles.
 Every rank plans for all ranks, so senders and receivers agree without a message.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from longctx.sequence.layout import Layout
@@ -68,16 +70,14 @@ class AttentionPlan:
         for document, q_pieces in self._query_pieces[rank].items():
             for q in q_pieces:
                 for k in keys.get(document, ()):
-                    found.extend(
-                        _moved(s, q, k) for s in band(q.start, q.stop, k.start, k.stop, self.causal, self.window)
-                    )
+                    found.extend(_moved(s, q, k) for s in self._band(q, k))
         return tuple(_coalesced(found))
 
     def needs(self, rank: int, source: int) -> bool:
         """Whether ``rank`` has any work on the keys of ``source``."""
         keys = self._key_pieces[source]
         return any(
-            next(band(q.start, q.stop, k.start, k.stop, self.causal, self.window), None) is not None
+            next(self._band(q, k), None) is not None
             for document, q_pieces in self._query_pieces[rank].items()
             for q in q_pieces
             for k in keys.get(document, ())
@@ -97,6 +97,9 @@ class AttentionPlan:
         """Ring steps in which any block moves."""
         return max(self.last_hop)
 
+    def _band(self, q: Piece, k: Piece) -> Iterator[Slice]:
+        return band(q.start, q.stop, k.start, k.stop, self.causal, self.window)
+
     @cached_property
     def _query_pieces(self) -> list[dict[DocumentKey, list[Piece]]]:
         return [_pieces(self.queries, rank, self.documents) for rank in range(self.queries.degree)]
@@ -111,8 +114,8 @@ class AttentionPlan:
 def band(qa: int, qb: int, ka: int, kb: int, causal: bool, window: int | None) -> Iterator[Slice]:
     """Cut the visible part of queries [qa, qb) x keys [ka, kb) (global positions) into slices.
 
-    A query at position q sees key k when ``k <= q`` (causal) and ``|q - k| < window``. Each visible pair lies in exactly
-    one slice.
+    A query at position q sees key k when ``k <= q`` (causal) and ``|q - k| < window``. Each visible pair lies in
+    exactly one slice.
     """
     if qa >= qb or ka >= kb:
         return
@@ -121,7 +124,7 @@ def band(qa: int, qb: int, ka: int, kb: int, causal: bool, window: int | None) -
     # Row q sees [max(ka, q - reach + 1), min(kb, q + ahead + 1)): cut where either bound stops or starts moving.
     corners = {qa, qb, ka - ahead, kb - ahead, ka + reach - 1, kb + reach - 1}
     rows = sorted(corner for corner in corners if qa <= corner <= qb)
-    for top, bottom in zip(rows, rows[1:], strict=False):
+    for top, bottom in pairwise(rows):
         yield from _stripe(top, bottom, ka, kb, reach, ahead)
 
 

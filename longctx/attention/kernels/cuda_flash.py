@@ -14,7 +14,8 @@ def forward(
     q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if mask == "anticausal":
-        out, lse = forward(*flipped(q_NHE, k_MKE, v_MKE), "causal", scale)  # type: ignore[arg-type]
+        q, k, v = flipped(q_NHE, k_MKE, v_MKE)
+        out, lse = forward(q, k, v, "causal", scale)
         return out.flip(0), lse.flip(0)
     q, k, v = _batched(q_NHE, k_MKE, v_MKE)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -28,8 +29,8 @@ def backward(
     out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
 ) -> Gradients:  # fmt: skip
     if mask == "anticausal":
-        operands = flipped(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH)
-        dq, dk, dv = flipped(*backward(*operands, "causal", scale))  # type: ignore[arg-type]
+        dout, q, k, v, out, lse = flipped(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH)
+        dq, dk, dv = flipped(*backward(dout, q, k, v, out, lse, "causal", scale))
         return dq, dk, dv
     dout, q, k, v, out = _batched(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE)
     # No dropout: the two random-number arguments are placeholders, the sequence tables are for jagged input only.

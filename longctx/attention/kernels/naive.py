@@ -43,7 +43,7 @@ def backward(
     dq_NHE = torch.einsum("hnm,mhe->nhe", dscores_HNM, k_MHE)
     dk_MHE = torch.einsum("hnm,nhe->mhe", dscores_HNM, q)
     dv_MHE = torch.einsum("hnm,nhe->mhe", weights_HNM, dout)
-    dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (dk_MHE, dv_MHE))
+    dk, dv = (t.view(t.shape[0], -1, groups, t.shape[2]).sum(2) for t in (dk_MHE, dv_MHE))
     return dq_NHE.to(q_NHE.dtype), dk.to(k_MKE.dtype), dv.to(v_MKE.dtype)
 
 

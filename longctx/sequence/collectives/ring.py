@@ -133,7 +133,7 @@ class Homeward:
 def planned_transfers(
     rank: int, schedule: Schedule, sizes: Sequence[int], row_bytes: int, return_row_bytes: int | None = None
 ) -> list[Transfer]:
-    """The transfers :func:`circulate` (and, with ``return_row_bytes``, :class:`Homeward`) will post on ``rank``, in order."""
+    """What :func:`circulate` and, with ``return_row_bytes``, :class:`Homeward` will post on ``rank``, in order."""
     size = schedule.size
     right, left = (rank + 1) % size, (rank - 1) % size
     planned: list[Transfer] = []
