@@ -73,9 +73,10 @@ class Corpus:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise :class:`DataError` unless ``tokenizer`` is the one that the corpus was built with."""
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            ours, theirs = self.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
             raise DataError(
-                f"tokenizer {tokenizer.path} (sha256 {tokenizer.fingerprint[:12]}) is not the one "
-                f"corpus {self.folder} was built with ({self.tokenizer_fingerprint[:12]}); use {self.tokenizer_folder} or build the corpus again"
+                f"tokenizer {tokenizer.path} (sha256 {theirs}) is not the one corpus {self.folder} was built with "
+                f"({ours}); use {self.tokenizer_folder} or build the corpus again"
             )
 
     def _map(self, index: int) -> npt.NDArray[np.unsignedinteger]:

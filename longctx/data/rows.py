@@ -91,9 +91,10 @@ class _SourceRows:
         tokens = self._order.tokens_per_epoch
         self.rows_per_epoch = tokens // length
         if self.rows_per_epoch == 0:
+            remedy = "add text" if corpus.split == "train" else "build with a larger --holdout"
             raise DataError(
                 f"the {corpus.split} split of corpus {corpus.folder} has {tokens} tokens, fewer than one sequence of "
-                f"{length}; lower sequence.length or add text"
+                f"{length}; lower sequence.length or {remedy}"
             )
         # Two epochs: rows read around an epoch's end go back and forth.
         self._epoch = lru_cache(maxsize=2)(self._order.epoch)

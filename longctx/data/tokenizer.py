@@ -106,7 +106,7 @@ class _SentencePiece:
         self._mark_ids = mark if all(self._model.is_byte(i) for i in mark) else None
 
     def encode(self, text: str) -> list[int]:
-        # SentencePiece writes a space as U+2581; that character itself would come back as a space, so spell it in bytes.
+        # SentencePiece writes a space as U+2581; that character itself would come back as a space: use bytes.
         if self._mark_ids is None or _SPACE_MARK not in text:
             return list(self._model.encode(text))
         ids: list[int] = []
