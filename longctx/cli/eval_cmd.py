@@ -1,0 +1,71 @@
+"""``longctx eval``: what a model does with its context."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "perplexity by position and needle retrieval of a run, checkpoint or Hugging Face folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See :mod:`longctx.cli.main`."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus folder (default: first source of the run)")
+    parser.add_argument("--tasks", metavar="T,T", help="some of perplexity,needle,unigram (default: all)")
+    parser.add_argument("--length", metavar="N", help="tokens per scored row (default: sequence.length of the run)")
+    parser.add_argument(
+        "--lengths", metavar="N,N", help="needle context lengths (default: 1/4, 1/2 and all of --length)"
+    )
+    parser.add_argument("--batches", metavar="N", help="held-out rows scored (default: 16)")
+    parser.add_argument("--samples", metavar="N", help="needle samples per length and depth (default: 4)")
+    parser.add_argument("--seed", metavar="N", help="seed of windows and needles (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: RUN/eval)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print a table and where the results lie."""
+    # Bad numbers are refused before anything heavy is imported.
+    numbers = _numbers(args)
+    if not args.model.exists():
+        from longctx.errors import LongctxError
+
+        raise LongctxError(f"no model at {args.model}; give a run folder, a checkpoint or a Hugging Face folder")
+    from rich.console import Console
+
+    from longctx.eval.run import TASKS, Request, evaluate, read_results
+    from longctx.eval.table import results_table
+
+    tasks = tuple(args.tasks.split(",")) if args.tasks is not None else TASKS
+    written = evaluate(Request(model=args.model, corpus=args.corpus, tasks=tasks, out=args.out, **numbers))
+    if written:
+        Console(highlight=False).print(results_table(read_results(written)))
+        print(*written, sep="\n")
+    return 0
+
+
+def _numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as numbers, under the names of :class:`longctx.eval.run.Request`."""
+    names = {"length": "length", "batches": "rows", "samples": "samples"}
+    numbers: dict[str, Any] = {
+        target: _count(f"--{option}", getattr(args, option))
+        for option, target in names.items()
+        if getattr(args, option) is not None
+    }
+    if args.lengths is not None:
+        numbers["lengths"] = tuple(_count("--lengths", part) for part in args.lengths.split(","))
+    if args.seed is not None:
+        numbers["seed"] = _count("--seed", args.seed, least=0)
+    return numbers
+
+
+def _count(option: str, text: str, least: int = 1) -> int:
+    from longctx.config.humanint import parse_int
+    from longctx.errors import LongctxError
+
+    try:
+        number = int(parse_int(text))
+    except ValueError as error:
+        raise LongctxError(f"{option}: {error}") from None
+    if number < least:
+        raise LongctxError(f"{option} must be at least {least}, not {number}")
+    return number
