@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from longctx.eval.run import TASKS, Request, evaluate, read_results
-    from longctx.eval.table import results_table
+    from longctx.report.evaluation import results_table
 
     tasks = tuple(args.tasks.split(",")) if args.tasks is not None else TASKS
     written = evaluate(Request(model=args.model, corpus=args.corpus, tasks=tasks, out=args.out, **numbers))

@@ -77,6 +77,20 @@ class Sample:
     new_tokens: int
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """A sample without its haystack, which has ``room`` tokens and is drawn with ``generator``."""
+
+    head: list[int]
+    needle: list[int]
+    question: list[int]
+    candidates: tuple[tuple[int, ...], ...]
+    value: str
+    new_tokens: int
+    room: int
+    generator: np.random.Generator
+
+
 class NeedleTask:
     """Builds samples, each a pure function of (seed, length, depth, number).
 
@@ -102,26 +116,38 @@ class NeedleTask:
         """The ``number``-th sample of a cell; ``depth`` 0 puts the needle first, 1 last in the text.
 
         Raises:
-            DataError: ``length`` is too short for needle and question alone.
+            DataError: see :meth:`check`.
         """
+        frame = self._frame(length, depth, number)
+        text = self._text(frame.room, frame.generator)
+        place = self._place(text, round(depth * frame.room))
+        prompt = (*frame.head, *text[:place], *frame.needle, *text[place:], *frame.question)
+        return Sample(prompt, frame.candidates, frame.value, frame.new_tokens)
+
+    def check(self, length: int, depth: float, number: int) -> None:
+        """Make sure that a sample can be built, without reading its text.
+
+        Raises:
+            DataError: ``length`` is too short for needle, question and answer alone.
+        """
+        self._frame(length, depth, number)
+
+    def _frame(self, length: int, depth: float, number: int) -> "_Frame":
         generator = np.random.default_rng([self._seed, length, round(1e6 * depth), number])
         key = f"{generator.choice(_ADJECTIVES)} {generator.choice(_NOUNS)}"
         values = _distinct_values(generator, 1 + self.distractors)
-        question = (
+        asked = (
             f"\nWhat is the special magic number for {key} mentioned in the provided text?"
             f" The special magic number for {key} mentioned in the provided text is"
         )
-        tail, candidates = self._question(question, values)
+        question, candidates = self._question(asked, values)
         head = self._tokenizer.encode(_HEAD)
         needle = self._tokenizer.encode(f"\nOne of the special magic numbers for {key} is: {values[0]}.\n")
         new_tokens = max(map(len, candidates)) + _SLACK
-        room = length - new_tokens - len(head) - len(needle) - len(tail)
+        room = length - new_tokens - len(head) - len(needle) - len(question)
         if room < 0:
             raise DataError(f"needle retrieval needs at least {length - room} tokens of context, not {length}")
-        text = self._text(room, generator)
-        place = self._place(text, round(depth * room))
-        prompt = (*head, *text[:place], *needle, *text[place:], *tail)
-        return Sample(prompt, tuple(map(tuple, candidates)), values[0], new_tokens)
+        return _Frame(head, needle, question, tuple(map(tuple, candidates)), values[0], new_tokens, room, generator)
 
     def _question(self, question: str, values: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Question and candidate answers cut where their tokens part, so that every answer continues the prompt as
@@ -175,7 +201,8 @@ def needle_retrieval(
     cells = [(length, depth) for length in lengths for depth in depths]
     # Refuse a length that is too short before any sample is scored.
     for length, depth in cells:
-        task.sample(length, depth, 0)
+        for number in range(samples):
+            task.check(length, depth, number)
     scores_C2 = torch.zeros(len(cells), 2, dtype=torch.float64)
     for cell, number in _share(len(cells), samples, mesh):
         sample = task.sample(*cells[cell], number)

@@ -127,7 +127,7 @@ def _open(request: Request, corpus: Path, config: Config | None, mesh: Mesh) -> 
     train = open_corpus(corpus, split="train", verify=False)
     model, shape, tokenizer = open_model(request.model, device=str(mesh.device))
     valid.check_tokenizer(tokenizer)
-    return _Subject(model.eval(), tokenizer, train, valid, request.length or _length_of(config, shape))
+    return _Subject(model, tokenizer, train, valid, request.length or _length_of(config, shape))
 
 
 def _length_of(config: Config | None, shape: Model) -> int:
