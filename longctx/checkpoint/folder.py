@@ -1,0 +1,77 @@
+"""Opening a model for evaluation, generation or export: a run folder, a checkpoint, or a Hugging Face folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from longctx.checkpoint.format import list_checkpoints, read_json
+from longctx.checkpoint.load import load_weights
+from longctx.config.schema import Model
+from longctx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from longctx.data.tokenizer import Tokenizer
+    from longctx.model.decoder import CausalLM
+
+__all__ = ["checkpoint_of", "latest_checkpoint", "load_weights", "open_model", "read_model_config"]
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """Newest complete checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = list_checkpoints(Path(run))
+    if not found:
+        raise CheckpointError(f"{run} holds no complete checkpoint; train longer or set checkpoint.every")
+    return found[-1]
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint that a run or checkpoint folder stands for, or None if the path is neither."""
+    path = Path(path)
+    if (path / "index.json").is_file() and (path / "model.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        return latest_checkpoint(path)
+    return None
+
+
+def read_model_config(checkpoint: Path) -> Model:
+    """The resolved model section stored with a checkpoint."""
+    return Model.model_validate(read_json(checkpoint / "model.json"))
+
+
+def open_model(
+    path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> "tuple[CausalLM, Model, Tokenizer]":
+    """Load a model in evaluation mode with its tokenizer.
+
+    Args:
+        path: a run folder (its newest checkpoint), a checkpoint folder, or a Hugging Face folder.
+        dtype: default: fp32 for a checkpoint, the stored dtype for a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the path is none of the three.
+    """
+    from longctx.data.tokenizer import load_tokenizer
+    from longctx.model.hf import empty_model, load_hf
+
+    path = Path(path)
+    checkpoint = checkpoint_of(path)
+    if checkpoint is not None:
+        config = read_model_config(checkpoint)
+        model = empty_model(config).to_empty(device="cpu")
+        model.tie_weights()
+        load_weights(checkpoint, model)
+        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        if dtype is not None:
+            model = model.to(dtype)
+    elif (path / "config.json").is_file():
+        model, config = load_hf(path, dtype)
+        tokenizer = load_tokenizer(path)
+    else:
+        raise CheckpointError(f"{path} is no run folder, checkpoint or Hugging Face folder; give one of the three")
+    return model.to(device).eval(), config, tokenizer

@@ -1,0 +1,43 @@
+"""The checkpoint folder.
+
+    step-00000100/
+      model.json            the model section of the config, resolved
+      state.json            step, tokens, data cursor, optimizer updates, format version
+      index.json            for each tensor set ("model", "exp_avg", "exp_avg_sq"): parameter name -> file
+      model-00000.safetensors ...       full-precision weights by parameter name
+      exp_avg-00000.safetensors ...     first and second moments by parameter name
+      rng.safetensors       one uint8 random-number state per rank
+      tokenizer/            a copy of the corpus's tokenizer
+
+A folder under its final name is complete: it is written as ``.writing-step-...`` and renamed last.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import CheckpointError
+
+VERSION = 1
+WEIGHTS = "model"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "index.json").is_file())
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError: the file is missing or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} is not a complete checkpoint: {path.name} is missing; use another"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use another") from error

@@ -1,0 +1,106 @@
+"""Reading a checkpoint back into a model and an engine of any ZeRO stage and world size."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from longctx.checkpoint.format import VERSION, WEIGHTS, read_json
+from longctx.errors import CheckpointError
+from longctx.runtime.mesh import Mesh
+from longctx.train.engine import Engine
+from longctx.train.optimizer import MOMENTS
+
+
+class TensorSet:
+    """The tensors of one set ("model", "exp_avg", ...) of a checkpoint, read one at a time."""
+
+    def __init__(self, checkpoint: Path, kind: str) -> None:
+        files = read_json(checkpoint / "index.json").get(kind)
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{checkpoint}/index.json lists no tensors of {kind!r}; the checkpoint is damaged")
+        self._checkpoint, self._files = checkpoint, files
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """One tensor, checked against the shape the model wants."""
+        if name not in self._files:
+            raise CheckpointError(f"{self._checkpoint} has no tensor {name!r}; it belongs to another model")
+        file = self._files[name]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(self._checkpoint / file), framework="pt")
+            tensor: torch.Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, FileNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{self._checkpoint / file} is missing or damaged ({error}); use another checkpoint"
+            ) from error
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self._checkpoint}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(shape)}; "
+                "the checkpoint belongs to another model"
+            )
+        return tensor
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Copy the weights of a checkpoint into a model of the same parameter names, in the model's dtype.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+    """
+    weights = TensorSet(checkpoint, WEIGHTS)
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(weights.names - set(parameters)):
+        raise CheckpointError(
+            f"{checkpoint} holds {unknown[0]!r}, which the model does not have; it belongs to another model"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.read(name, parameter.shape))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says: step, tokens, data cursor, optimizer updates."""
+    state = read_json(checkpoint / "state.json")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{checkpoint} has format version {state.get('version')}, this longctx reads {VERSION}")
+    found: dict[str, Any] = state
+    return found
+
+
+def restore_engine(checkpoint: Path, engine: Engine, updates: int) -> None:
+    """Write full-precision weights and moments into the engine's fragments.
+
+    The model was built with :func:`load_weights` before the engine, so low-precision copies are right already.
+    """
+    engine.prepare_state(updates)
+    sets = {kind: TensorSet(checkpoint, kind) for kind in (WEIGHTS, *MOMENTS)}
+    with torch.no_grad():
+        for fragment in engine.fragments():
+            for kind, target in ((WEIGHTS, fragment.weight), *fragment.moments.items()):
+                whole = sets[kind].read(fragment.name, fragment.shape)
+                target.copy_(whole.view(-1)[fragment.start : fragment.start + fragment.numel])
+
+
+def restore_rng(checkpoint: Path, mesh: Mesh, seed: int, step: int) -> None:
+    """Give each rank the random-number state it had, or one derived from (seed, step, rank) if it had none."""
+    with safe_open(str(checkpoint / "rng.safetensors"), framework="pt") as file:
+        name = f"rank{mesh.world.rank}"
+        if name in file.keys():  # noqa: SIM118  (safe_open objects are no mappings)
+            torch.set_rng_state(file.get_tensor(name))
+        else:
+            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + mesh.world.rank)
+
+
+def iterate_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by name, one at a time."""
+    weights = TensorSet(checkpoint, WEIGHTS)
+    for name, shape in shapes.items():
+        yield name, weights.read(name, shape)

@@ -1,0 +1,1 @@
+"""The training step, its engines, and callbacks for everything else."""

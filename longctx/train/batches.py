@@ -1,0 +1,80 @@
+"""From rows to this rank's micro-batches. Legend: B rows of a micro-batch, T local tokens.
+
+Which rows a step trains on depends on the step alone: rows [step * batch, (step + 1) * batch). Data rank r of R takes
+the r-th R-th of them; each sequence rank reads only its own runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longctx.model.head import IGNORED
+from longctx.runtime.mesh import Mesh
+from longctx.sequence.collectives.ledger import Ledger
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import Layout
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class RowSource(Protocol):
+    """Rows in training order; see :class:`longctx.data.rows.Rows`."""
+
+    def documents(self, row: int) -> tuple[int, ...]: ...
+
+    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's tokens of some rows, on the host, and everything its layers are told about them."""
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    context: SequenceContext
+    data_hash: int
+
+    @property
+    def labels(self) -> int:
+        """Tokens of this rank that have a target."""
+        return int((self.labels_BT != IGNORED).sum())
+
+
+def step_rows(step: int, batch: int, mesh: Mesh) -> range:
+    """Rows that this rank's data group trains on in ``step``, counted from 0."""
+    share = batch // mesh.data.size
+    first = step * batch + mesh.data.rank * share
+    return range(first, first + share)
+
+
+def read_micro_batches(
+    source: RowSource, rows: range, micro_batch: int, layout: Layout, mesh: Mesh, ledger: Ledger | None = None
+) -> list[MicroBatch]:
+    """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time."""
+    groups = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+    return [_read(source, group, layout, mesh, ledger) for group in groups]
+
+
+def _read(source: RowSource, rows: range, layout: Layout, mesh: Mesh, ledger: Ledger | None) -> MicroBatch:
+    rank = mesh.sequence.rank
+    read = [source.read(row, layout.runs[rank]) for row in rows]
+    indices = layout.indices(rank)
+    data_hash = sum(_hash(tokens, row, indices) for row, (tokens, _) in zip(rows, read, strict=True))
+    context = SequenceContext(mesh.sequence, layout, tuple(source.documents(row) for row in rows), ledger=ledger)
+    tokens_BT, labels_BT = (torch.from_numpy(np.stack([pair[i] for pair in read])) for i in (0, 1))
+    return MicroBatch(tokens_BT, labels_BT, context, data_hash)
+
+
+def _hash(tokens: Int64Array, row: int, indices: Int64Array) -> int:
+    """A sum over tokens of a 32-bit hash of (token, row, global index): the same for any split over ranks."""
+    mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += indices.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F) + np.uint64(row + 1) * np.uint64(
+        0x165667B19E3779F9
+    )
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return int((mixed >> np.uint64(32)).sum())

@@ -1,0 +1,175 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 over one flat data-parallel world.
+
+DeepSpeed is not told about sequence groups, because its stages disagree there about the divisor, and never scales by
+the accumulation, because that assumes equal label counts. Its optimizer is our own AdamW, which can sit out a step.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from longctx.config.schema import Engine as EngineConfig
+from longctx.config.schema import Train
+from longctx.model.decoder import CausalLM, Output
+from longctx.runtime.mesh import Mesh
+from longctx.sequence.context import SequenceContext
+from longctx.train.engine import Fragment, Update
+from longctx.train.optimizer import MOMENTS, AdamW, build_optimizer
+from longctx.train.torch_engine import gradient_norm, replicated_fragments
+
+_BUCKET_ELEMENTS = 500_000_000
+
+
+class DeepSpeedEngine:
+    """Training under ``deepspeed.initialize``; collective over the world."""
+
+    def __init__(self, model: CausalLM, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._zero, self._train = config.zero, train
+        self._optimizer = build_optimizer(model.named_parameters(), train)
+        settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
+        self._engine: Any = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
+        )[0]
+        self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
+
+    @property
+    def module(self) -> nn.Module:
+        return cast(nn.Module, self._engine.module)
+
+    @property
+    def replicated(self) -> bool:
+        return self._zero == 0
+
+    def forward(
+        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int
+    ) -> Output:
+        return cast(Output, self._engine(tokens_BT, context, labels_BT, loss_chunk=loss_chunk))
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+
+    def step(self, lr: float, hold: bool) -> Update:
+        norm = float(gradient_norm(self.module)) if self._plain else None
+        hold = hold or (norm is not None and not _finite(norm))
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.held = hold
+        try:
+            self._engine.step()
+        finally:
+            self._optimizer.held = False
+        if norm is None:
+            reported = self._engine.get_global_grad_norm()
+            norm = None if reported is None else float(reported)
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        return Update(norm, not (hold or overflow))
+
+    def fragments(self) -> Iterator[Fragment]:
+        if self._plain:
+            yield from replicated_fragments(self.module, self._optimizer.state)
+        elif self._zero == 3:
+            yield from self._fragments_of_stage_3()
+        elif self._zero == 0:
+            yield from self._fragments_of_copies()
+        else:
+            yield from self._fragments_of_stage_1_and_2()
+
+    @property
+    def updates(self) -> int:
+        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+
+    def prepare_state(self, updates: int) -> None:
+        for tensor in self._optimized():
+            self._optimizer.prepare_state(tensor, updates)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether our optimizer works on the model's own parameters (no ZeRO, no copies in another precision)."""
+        return isinstance(self._engine.optimizer, AdamW)
+
+    def _optimized(self) -> list[torch.Tensor]:
+        """The full-precision tensors our optimizer updates: parameters, copies, or flat partitions of many."""
+        inner = self._engine.optimizer
+        if self._plain:
+            return list(self.module.parameters())
+        if self._zero == 3:
+            return list(inner.fp32_partitioned_groups_flat)
+        if self._zero == 0:
+            return [copy for group in inner.fp32_groups for copy in group]
+        flat = getattr(inner, "fp32_groups_flat_partition", None)  # BF16_Optimizer's name for the same thing
+        return list(inner.single_partition_of_fp32_groups if flat is None else flat)
+
+    def _fragments_of_copies(self) -> Iterator[Fragment]:
+        inner = self._engine.optimizer
+        for low, full in zip(inner.fp16_groups, inner.fp32_groups, strict=True):
+            for parameter, copy in zip(low, full, strict=True):
+                state = self._optimizer.state.get(copy, {})
+                moments = {key: state[key].view(-1) for key in MOMENTS if key in state}
+                yield Fragment(self._names[id(parameter)], parameter.shape, 0, copy.detach().view(-1), moments)
+
+    def _fragments_of_stage_1_and_2(self) -> Iterator[Fragment]:
+        flats = self._optimized()
+        for name, parameter in self.module.named_parameters():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # this rank's partition holds no element of it
+                nothing = torch.empty(0)
+                yield Fragment(name, parameter.shape, 0, nothing, dict.fromkeys(MOMENTS, nothing))
+                continue
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            state = self._optimizer.state.get(flats[mapping.param_group_index], {})
+            moments = {key: state[key].narrow(0, high.start, high.numel) for key in MOMENTS if key in state}
+            yield Fragment(name, parameter.shape, low.start, mapping.hp_fragment.detach(), moments)
+
+    def _fragments_of_stage_3(self) -> Iterator[Fragment]:
+        for name, parameter in self.module.named_parameters():
+            inner = parameter._z3_optimizer  # type: ignore[attr-defined]
+            weight = inner.get_local_fp32_param(parameter)
+            start = weight.numel() * torch.distributed.get_rank()
+            numel = max(0, min(weight.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]
+            moments = {}
+            if self._optimizer.state:
+                moments = {key: inner.get_local_fp32_param(parameter, key)[:numel] for key in MOMENTS}
+            shape = parameter.ds_shape  # type: ignore[attr-defined]
+            yield Fragment(name, shape, min(start, parameter.ds_numel), weight[:numel].detach(), moments)  # type: ignore[attr-defined]
+
+
+def deepspeed_settings(config: EngineConfig, train: Train, accumulation: int, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; ``engine.options`` are merged into it."""
+    bucket = min(_BUCKET_ELEMENTS, max(parameters, 1))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": config.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": False,
+        },
+    }  # fmt: skip
+    if train.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["communication_data_type"] = "fp32"
+        if config.zero:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(settings, config.options)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _finite(number: float) -> bool:
+    return number - number == 0.0

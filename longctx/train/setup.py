@@ -1,0 +1,195 @@
+"""From a config and a mesh to a trainer that is ready to run or to go on; collective over the world."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from longctx.checkpoint.format import list_checkpoints
+from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
+from longctx.config.schema import Config, Model
+from longctx.data.corpus import Corpus, open_corpus
+from longctx.data.rows import Rows
+from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.errors import CheckpointError, ConfigError, DataError, LongctxError
+from longctx.model.decoder import CausalLM
+from longctx.model.hf import load_hf, read_hf_config
+from longctx.runtime.mesh import Mesh
+from longctx.train.callbacks import Checkpoints, MetricsFile, StepLine, TensorBoard, Validation, Wandb
+from longctx.train.deepspeed_engine import DeepSpeedEngine
+from longctx.train.engine import Engine
+from longctx.train.run_folder import claim_run_folder
+from longctx.train.torch_engine import TorchEngine
+from longctx.train.trainer import Callback, Progress, Trainer
+
+T = TypeVar("T")
+
+
+class FailedElsewhere(LongctxError):
+    """Another rank met bad input and says what it was; this one only stops."""
+
+
+def build_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """Open the data, build or restore model and engine, and attach the callbacks.
+
+    Raises:
+        LongctxError: bad input; raised on every rank, so that none waits for another.
+    """
+    agree(mesh, lambda: claim_run_folder(config) if mesh.is_first else None)
+    corpora = agree(mesh, lambda: _open(config, mesh, "train"))
+    tokenizer = agree(mesh, lambda: _tokenizer(config, corpora))
+    rows = agree(mesh, lambda: _rows(config, corpora, shuffle=True))
+    model_config = agree(mesh, lambda: resolve_model(config, tokenizer))
+    checkpoints = list_checkpoints(config.run)
+    latest = checkpoints[-1] if checkpoints else None
+    state = agree(mesh, lambda: _state(latest, corpora)) if latest else None
+    model = agree(mesh, lambda: build_model(config, model_config, latest))
+    engine = agree(mesh, lambda: build_engine(config, model, mesh))
+    progress = Progress()
+    if latest is not None and state is not None:
+        agree(mesh, lambda: restore_engine(latest, engine, int(state["updates"])))
+        restore_rng(latest, mesh, config.train.seed, int(state["step"]))
+        progress = Progress(int(state["step"]), int(state["tokens"]), int(state["nonfinite"]))
+    else:
+        torch.manual_seed(config.train.seed * 65_537 + mesh.world.rank)
+    callbacks = agree(mesh, lambda: _callbacks(config, mesh, corpora, tokenizer))
+    return Trainer(config, model_config, mesh, engine, rows, callbacks, progress)
+
+
+def agree(mesh: Mesh, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it fails with bad input on any, raise on all."""
+    failure: LongctxError | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except LongctxError as error:
+        failure = error
+    failed = torch.zeros(mesh.world.size, dtype=torch.int64, device=mesh.device)
+    failed[mesh.world.rank] = failure is not None
+    ranks = mesh.all_reduce(failed).nonzero().flatten().tolist()
+    if not ranks:
+        return result  # type: ignore[return-value]
+    # One rank speaks for all that failed.
+    if failure is not None and mesh.world.rank == ranks[0]:
+        raise failure
+    raise FailedElsewhere(f"rank {ranks[0]} stopped the run")
+
+
+def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
+    """The model section with every default filled in from the tokenizer, the sequence and the Hugging Face folder.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model has embeddings.
+    """
+    if config.model.from_hf is not None:
+        base = read_hf_config(config.model.from_hf)
+        chosen = config.model.model_fields_set & {"rope", "max_position_embeddings"}
+        model = base.model_copy(update={key: getattr(config.model, key) for key in chosen})
+    else:
+        model = config.model
+    update: dict[str, int] = {}
+    if model.vocab_size is None:
+        update["vocab_size"] = tokenizer.vocab_size
+    elif model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {model.vocab_size}; "
+            "raise model.vocab_size or build the corpus with the model's own tokenizer"
+        )
+    length = config.sequence.length
+    if model.max_position_embeddings is None or model.max_position_embeddings < length:
+        update["max_position_embeddings"] = length
+    if model.eos_token_id is None:
+        update["eos_token_id"] = tokenizer.eos_id
+    if model.bos_token_id is None and tokenizer.bos_id is not None:
+        update["bos_token_id"] = tokenizer.bos_id
+    return model.model_copy(update=update)
+
+
+def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM:
+    """The fp32 model on the host: from a checkpoint, a Hugging Face folder, or freshly drawn from ``train.seed``."""
+    recompute = config.train.recompute
+    if checkpoint is not None:
+        model = CausalLM(model_config, recompute=recompute, seed=None)
+        load_weights(checkpoint, model)
+    elif config.model.from_hf is not None:
+        loaded, _ = load_hf(config.model.from_hf, torch.float32)
+        model = CausalLM(model_config, recompute=recompute, seed=None)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+    else:
+        model = CausalLM(model_config, recompute=recompute, seed=config.train.seed)
+    return model.requires_grad_(True)
+
+
+def build_engine(config: Config, model: CausalLM, mesh: Mesh) -> Engine:
+    """Wrap the model; collective.
+
+    Raises:
+        ConfigError: batch, world and engine do not fit together.
+    """
+    train = config.train
+    per_micro = train.micro_batch * mesh.data.size
+    if train.batch % per_micro:
+        raise ConfigError(
+            f"train.batch = {train.batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"{mesh.data.size} data ranks; use a multiple of {per_micro}"
+        )
+    if config.engine.kind == "torch":
+        if train.precision != "fp32":
+            raise ConfigError(
+                "engine.kind = torch trains in fp32 only; use train.precision=fp32 or engine.kind=deepspeed"
+            )
+        return TorchEngine(model, train, mesh)
+    return DeepSpeedEngine(model, config.engine, train, mesh, train.batch // per_micro)
+
+
+def _open(config: Config, mesh: Mesh, split: str) -> list[Corpus]:
+    part = (mesh.world.rank, mesh.world.size)
+    return [open_corpus(s.path, split, config.data.verify, part) for s in config.data.sources]  # type: ignore[arg-type]
+
+
+def _tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer or corpora[0].tokenizer_folder)
+    for corpus in corpora:
+        corpus.check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _rows(config: Config, corpora: list[Corpus], *, shuffle: bool) -> Rows:
+    sources = list(zip(corpora, config.data.sources, strict=True))
+    return Rows(sources, config.sequence.length, config.data.seed, shuffle=shuffle)
+
+
+def _state(checkpoint: Path, corpora: list[Corpus]) -> dict[str, Any]:
+    state = load_state(checkpoint)
+    if state["corpora"] != fingerprints(corpora):
+        raise CheckpointError(
+            f"{checkpoint} was trained on another build of the corpus, so the data order would differ; "
+            "restore that corpus or start a new `run` folder"
+        )
+    return state
+
+
+def fingerprints(corpora: list[Corpus]) -> list[str]:
+    return [corpus.manifest.fingerprint for corpus in corpora]
+
+
+def _callbacks(config: Config, mesh: Mesh, corpora: list[Corpus], tokenizer: Tokenizer) -> list[Callback]:
+    callbacks: list[Callback] = [MetricsFile(config.run / "metrics.jsonl"), StepLine()]
+    if mesh.is_first and config.track.tensorboard:
+        callbacks.append(TensorBoard(config.run))
+    if mesh.is_first and config.track.wandb:
+        callbacks.append(Wandb(config.track.wandb, config.model_dump(mode="json")))
+    if config.train.eval_every:
+        callbacks.append(_validation(config, mesh))
+    callbacks.append(Checkpoints(config.run, tokenizer.path.parent, fingerprints(corpora)))
+    return callbacks
+
+
+def _validation(config: Config, mesh: Mesh) -> Validation:
+    try:
+        rows = _rows(config, _open(config, mesh, "valid"), shuffle=False)
+    except DataError as error:
+        raise DataError(f"train.eval_every = {config.train.eval_every} needs a held-out split: {error}") from error
+    return Validation(rows, min(config.train.eval_batches * config.train.batch, rows.num_rows_per_epoch))

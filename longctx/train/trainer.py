@@ -1,0 +1,206 @@
+"""The training step and the loop around it; everything else is a callback."""
+
+import math
+import os
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.config.schema import Config, Model
+from longctx.errors import LongctxError
+from longctx.runtime.mesh import Mesh
+from longctx.sequence.layout import LAYOUTS, Layout
+from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
+from longctx.train.engine import Engine
+from longctx.train.flops import flops_per_token, peak_flops
+from longctx.train.schedule import learning_rate
+
+Record = dict[str, Any]
+
+
+class TrainingFailed(LongctxError):
+    """The run cannot go on."""
+
+
+@dataclass
+class Progress:
+    """How far the run is; all of it is in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    nonfinite: int = 0
+
+
+class Callback:
+    """Hooks around the loop; each is called on every rank, in the order the callbacks were given."""
+
+    def on_start(self, trainer: "Trainer") -> None: ...
+
+    def on_record(self, trainer: "Trainer", record: Record) -> None:
+        """A record to log; the same on every rank."""
+
+    def on_step(self, trainer: "Trainer") -> None:
+        """After each optimizer step."""
+
+    def on_end(self, trainer: "Trainer") -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Runs optimizer steps until ``config.train.steps``.
+
+    The loss of a step is the sum of token losses over all micro-batches and ranks divided by the count of labels over
+    all micro-batches and ranks, known before the first backward.
+    """
+
+    config: Config
+    model: Model
+    mesh: Mesh
+    engine: Engine
+    rows: RowSource
+    callbacks: Sequence[Callback] = ()
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.config.sequence.layout](self.config.sequence.length, self.mesh.sequence.size)
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            TrainingFailed: more than ``train.max_nonfinite`` updates were skipped.
+        """
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self.engine.module.train()
+        while self.progress.step < self.config.train.steps:
+            record = self.step()
+            if self.progress.step % self.config.train.log_every == 0 or record["skipped"]:
+                self.log(record)
+            if self.progress.nonfinite > self.config.train.max_nonfinite:
+                raise TrainingFailed(
+                    f"step {self.progress.step}: {self.progress.nonfinite} updates were skipped for a non-finite loss "
+                    f"or gradient norm, more than train.max_nonfinite = {self.config.train.max_nonfinite}; "
+                    "lower train.lr or inspect the data, then resume from the last checkpoint"
+                )
+            for callback in self.callbacks:
+                callback.on_step(self)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def log(self, record: Record) -> None:
+        """Hand a record to every callback."""
+        for callback in self.callbacks:
+            callback.on_record(self, record)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Log something that happened."""
+        self.log({"kind": "event", "step": self.progress.step, "event": name, "time": time.time(), **details})
+
+    def step(self) -> Record:
+        """One optimizer step; returns its record, equal on every rank."""
+        started = time.perf_counter()
+        train = self.config.train
+        micro_batches = self._read(step_rows(self.progress.step, train.batch, self.mesh))
+        labels, data_hash = self._totals(micro_batches)
+        loss = self._accumulate(micro_batches, labels)
+        lr = learning_rate(train, self.progress.step + 1)
+        update = self.engine.step(lr, hold=not math.isfinite(loss))
+        self.progress.step += 1
+        self.progress.tokens += train.batch * self.config.sequence.length
+        self.progress.nonfinite += not update.applied
+        seconds = time.perf_counter() - started
+        return self._record(loss, update.grad_norm, not update.applied, lr, data_hash, seconds)
+
+    @torch.no_grad()
+    def evaluate(self, rows: RowSource, count: int) -> tuple[float, int]:
+        """Mean token loss over the first ``count`` rows of another source, and the number of labels it is over."""
+        self.engine.module.eval()
+        share = range(self.mesh.data.rank, count, self.mesh.data.size)
+        total = torch.zeros(2, dtype=torch.float64)
+        # Every rank enters the model equally often, or ZeRO-3's parameter gathering would hang.
+        for turn in range(-(-count // self.mesh.data.size)):
+            row = share[turn] if turn < len(share) else 0
+            (batch,) = read_micro_batches(rows, range(row, row + 1), 1, self.layout, self.mesh)
+            loss_sum = self._forward(batch)
+            if turn < len(share):
+                total += torch.tensor([float(loss_sum), batch.labels], dtype=torch.float64)
+        self.engine.module.train()
+        total = self.mesh.all_reduce(total.to(self.mesh.device))
+        return float(total[0] / total[1]), int(total[1])
+
+    def _read(self, rows: range) -> list[MicroBatch]:
+        return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.layout, self.mesh)
+
+    def _totals(self, micro_batches: Iterable[MicroBatch]) -> tuple[int, int]:
+        """Labels and data hash of the whole step over all ranks."""
+        counts = [(batch.labels, batch.data_hash) for batch in micro_batches]
+        sums = torch.tensor([[labels, digest] for labels, digest in counts], dtype=torch.int64).sum(0)
+        labels, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
+        return max(int(labels), 1), int(digest)
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], labels: int) -> float:
+        """Backward through every micro-batch; returns the loss of the whole step."""
+        total = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(micro_batches):
+            loss_sum = self._forward(batch)
+            # Engines average over the world; the sum over ranks is what is wanted.
+            self.engine.backward(loss_sum * (self.mesh.world.size / labels), last=index == len(micro_batches) - 1)
+            total += loss_sum.detach().double().cpu()
+        return float(self.mesh.all_reduce(total.to(self.mesh.device))) / labels
+
+    def _forward(self, batch: MicroBatch) -> torch.Tensor:
+        device = self.mesh.device
+        tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
+        loss_sum = self.engine.forward(tokens_BT, batch.context, labels_BT, self.config.train.loss_chunk).loss_sum
+        assert loss_sum is not None
+        return loss_sum
+
+    def _record(
+        self, loss: float, grad_norm: float | None, skipped: bool, lr: float, data_hash: int, seconds: float
+    ) -> Record:
+        # All ranks report the slowest one's time and the fullest one's memory.
+        measured = torch.tensor([seconds, peak_memory(self.mesh.device)], dtype=torch.float64)
+        measured = self.mesh.all_reduce(measured.to(self.mesh.device), dist.ReduceOp.MAX)
+        seconds, memory = float(measured[0]), int(measured[1])
+        rate = self.config.train.batch * self.config.sequence.length / seconds
+        return {
+            "kind": "train", "step": self.progress.step, "loss": finite(loss), "grad_norm": finite(grad_norm), "lr": lr,
+            "tokens": self.progress.tokens, "tokens_per_second": rate, "mfu": self._mfu(rate), "peak_memory": memory,
+            "seconds": seconds, "eta": seconds * (self.config.train.steps - self.progress.step), "data_hash": data_hash,
+            "skipped": skipped, "time": time.time(),
+        }  # fmt: skip
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        name = torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else None
+        peak = peak_flops(name, self.config.train.precision)
+        if peak is None:
+            return None
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        needed = flops_per_token(self.model, parameters, self.config.sequence.length)
+        return needed * tokens_per_second / (peak * self.mesh.world.size)
+
+
+def finite(number: float | None) -> float | None:
+    """JSON knows no infinity."""
+    return number if number is not None and math.isfinite(number) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def process_ids(mesh: Mesh) -> list[int]:
+    """Process id of every rank."""
+    ids = torch.zeros(mesh.world.size, dtype=torch.int64, device=mesh.device)
+    ids[mesh.world.rank] = os.getpid()
+    return [int(i) for i in mesh.all_reduce(ids).tolist()]
