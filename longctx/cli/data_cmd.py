@@ -187,9 +187,7 @@ def _print_lengths(corpus: "Corpus") -> None:
     if not len(lengths):
         return
     median, most = np.quantile(lengths, [0.5, 0.9])
-    print(
-        f"{corpus.split:<12} per document: median {median:,.0f}, 90 % below {most:,.0f}, longest {lengths.max():,} tokens"
-    )
+    print(f"{corpus.split:<12} each: median {median:,.0f}, 90 % below {most:,.0f}, most {lengths.max():,} tokens")
 
 
 def _positive(text: str, option: str) -> int:
