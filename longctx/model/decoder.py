@@ -177,6 +177,13 @@ def initial_weight(name: str, shape: Sequence[int], std: float, seed: int) -> Te
     return torch.randn(shape, generator=generator) * std
 
 
+def parameter_shapes(config: Model) -> dict[str, torch.Size]:
+    """Shape of every parameter by name, in model order, without allocating any; a tied head is not listed."""
+    with torch.device("meta"):
+        model = CausalLM(config, seed=None)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def _layer(module: nn.Module) -> DecoderLayer:
     return cast(DecoderLayer, module)
 

@@ -147,7 +147,7 @@ class RotaryEmbedding:
             case "linear":
                 return 1.0 / base**exponents / self._factor()
             case "dynamic":
-                return 1.0 / self._dynamic_base(length) ** exponents
+                return 1.0 / self._dynamic_base(length, dtype) ** exponents
             case "longrope":
                 factors = self.rope.long_factor if self.table(length) else self.rope.short_factor
                 return 1.0 / (torch.tensor(factors, dtype=dtype) * base**exponents)
@@ -158,11 +158,10 @@ class RotaryEmbedding:
             case _:
                 return 1.0 / base**exponents
 
-    def _dynamic_base(self, length: int) -> float:
+    def _dynamic_base(self, length: int, dtype: torch.dtype) -> Tensor:
         longest, factor = self._original_length(), self._factor()
-        grown: float = factor * max(length, longest) / longest - (factor - 1)
-        exponent = self.rotary_dim / (self.rotary_dim - 2)
-        return float(self.rope.rope_theta * grown**exponent)
+        grown = factor * torch.tensor(max(length, longest), dtype=dtype) / longest - (factor - 1)
+        return self.rope.rope_theta * grown ** (self.rotary_dim / (self.rotary_dim - 2))
 
     def _yarn(self, periods_R: Tensor) -> Tensor:
         """Fast pairs stay, slow pairs are interpolated, with a linear ramp in between."""
