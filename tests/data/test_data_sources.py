@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import make_texts
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longctx.data.readers import decode
@@ -25,7 +25,8 @@ def write_jsonl(file: Path, texts: list[str], end: str = "\n") -> Path:
 
 
 @settings(deadline=None)
-@given(unit_bytes=st.integers(1, 3000), end=st.sampled_from(["", "\n", "\n\n"]))
+@example(unit_bytes=1, end="\n")  # cuts at, before and after every line's start
+@given(unit_bytes=st.one_of(st.integers(1, 40), st.integers(1, 3000)), end=st.sampled_from(["", "\n", "\n\n"]))
 def test_jsonl_is_cut_without_losing_a_line(
     tmp_path_factory: pytest.TempPathFactory, unit_bytes: int, end: str
 ) -> None:
