@@ -16,7 +16,7 @@ _OPENING = '{"kind"'
 
 @dataclass(frozen=True)
 class Interruption:
-    """A run that stopped after ``stopped`` and went on from the checkpoint of step ``resumed``."""
+    """A run that stopped after ``stopped`` and went on from the checkpoint of step ``resumed`` (0: from the start)."""
 
     stopped: int
     resumed: int
@@ -119,7 +119,7 @@ def _interruptions(records: list[Record]) -> Iterator[Interruption]:
     for record in records:
         if record["kind"] == "train":
             stopped = record["step"]
-        elif record["kind"] == "event" and record.get("event") == "resume":
+        elif _begins(record) and stopped:
             yield Interruption(stopped, record["step"])
 
 
@@ -127,12 +127,16 @@ def _sessions(records: list[Record]) -> Iterator[list[Record]]:
     """Training records grouped by the process that wrote them."""
     session: list[Record] = []
     for record in records:
-        if record["kind"] == "event" and record.get("event") in ("start", "resume"):
+        if _begins(record):
             yield session
             session = []
         elif record["kind"] == "train":
             session.append(record)
     yield session
+
+
+def _begins(record: Record) -> bool:
+    return record["kind"] == "event" and record.get("event") in ("start", "resume")
 
 
 def _seconds(session: list[Record]) -> float:

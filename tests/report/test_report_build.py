@@ -20,11 +20,11 @@ ALL_FIGURES = {"loss", "throughput", "optimization", "perplexity", "context_gain
 def write_run(folder: Path, *, evaluated: bool = True, steps: int = 40) -> Path:
     """A run of ``steps`` steps that was stopped at 30 and resumed from 25."""
     (folder / "eval").mkdir(parents=True)
-    lines: list[dict[str, Any]] = [{"kind": "event", "step": 0, "event": "start", "world": 2}]
+    lines: list[dict[str, Any]] = [{"kind": "event", "step": 0, "event": "start", "pids": [11, 12]}]
     order = [*range(1, 31), "resume", *range(26, steps + 1)] if steps > 30 else [*range(1, steps + 1)]
     for step in order:
         if step == "resume":
-            lines.append({"kind": "event", "step": 25, "event": "resume", "world": 2})
+            lines.append({"kind": "event", "step": 25, "event": "resume", "pids": [11, 12]})
             continue
         assert isinstance(step, int)
         lines.append(

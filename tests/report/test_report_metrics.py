@@ -49,6 +49,11 @@ def test_later_writing_of_a_repeated_step_wins_and_events_are_kept() -> None:
     assert metrics.interruptions == (Interruption(stopped=7, resumed=4),)
 
 
+def test_run_started_again_from_nothing_is_an_interruption_too() -> None:
+    lines = [event(0, "start"), train(1, 1.0), train(2, 1.0), event(0, "start"), train(1, 1.0)]
+    assert parse_metrics(lines).interruptions == (Interruption(stopped=2, resumed=0),)
+
+
 def test_repeated_validation_step_counts_once() -> None:
     lines = [train(1, 1.0), '{"kind":"valid","step":10,"loss":3.0}', '{"kind":"valid","step":10,"loss":2.0}']
     assert parse_metrics(lines).series("loss", "valid") == ([10], [2.0])
@@ -70,8 +75,8 @@ def test_series_skips_null_and_median_skips_what_is_not_finite() -> None:
 
 
 def test_newest_event_value() -> None:
-    metrics = parse_metrics([event(0, "start", world=2), event(5, "resume", world=4), event(6, "checkpoint")])
-    assert metrics.latest_event("world") == 4
+    metrics = parse_metrics([event(0, "start", pids=[1, 2]), event(5, "resume", pids=[3]), event(6, "checkpoint")])
+    assert metrics.latest_event("pids") == [3]
     assert metrics.latest_event("absent") is None
 
 
