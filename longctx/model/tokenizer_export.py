@@ -141,11 +141,13 @@ def _json_specials(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _write_settings(folder: Path, specials: dict[str, str]) -> None:
-    """Name the generic class: model classes such as Llama's rebuild the tokenizer in their own way."""
+    """Keep what is set; name the generic class, as those of models such as Llama's rebuild the tokenizer their way."""
+    file = folder / "tokenizer_config.json"
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
         **specials,
+        **(json.loads(file.read_bytes()) if file.is_file() else {}),
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -45,7 +45,8 @@ def _device(runtime: Runtime, launch: Launch) -> torch.device:
 
 
 def _join(launch: Launch, device: torch.device, timeout_s: int) -> None:
-    # DeepSpeed reads these names itself, whichever launcher started us.
+    # DeepSpeed reads these names itself, whichever launcher started us; left alone it guesses the accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.update(
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank),
         LOCAL_WORLD_SIZE=str(launch.local_world), MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port),

@@ -71,10 +71,9 @@ def _read(source: RowSource, rows: range, layout: Layout, mesh: Mesh, ledger: Le
 
 def _hash(tokens: Int64Array, row: int, indices: Int64Array) -> int:
     """A sum over tokens of a 32-bit hash of (token, row, global index): the same for any split over ranks."""
+    per_row = np.uint64((row + 1) * 0x165667B19E3779F9 % 2**64)
     mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += indices.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F) + np.uint64(row + 1) * np.uint64(
-        0x165667B19E3779F9
-    )
+    mixed += indices.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F) + per_row
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     return int((mixed >> np.uint64(32)).sum())

@@ -5,6 +5,7 @@ the accumulation, because that assumes equal label counts. Its optimizer is our 
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ class DeepSpeedEngine:
     def __init__(self, model: CausalLM, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        _quieten(deepspeed)
         self._zero, self._train = config.zero, train
         self._optimizer = build_optimizer(model.named_parameters(), train)
         settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
@@ -169,6 +170,14 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def _quieten(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling what a run never calls and from logging what a user cannot act on."""
+    # Its shared-memory reduction serves inference only, yet would be compiled (a minute) when the first run starts.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def _finite(number: float) -> bool:

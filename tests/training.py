@@ -1,0 +1,191 @@
+"""Small training runs for the tests of the laws: random rows, a tiny decoder, any mesh, any engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longctx.config.schema import Config, Model
+from longctx.model.decoder import CausalLM
+from longctx.runtime.mesh import build_mesh
+from longctx.train.setup import build_engine
+from longctx.train.trainer import Callback, Record, Trainer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Seeded random rows with random documents and randomly masked labels; ``fault`` shifts one label of row 0."""
+
+    length: int
+    vocabulary: int
+    seed: int
+    documents_per_row: int = 3
+    fault: bool = False
+
+    def documents(self, row: int) -> tuple[int, ...]:
+        generator = np.random.default_rng((self.seed, row, 1))
+        extra = generator.integers(0, self.length, self.documents_per_row - 1)
+        return tuple(sorted({0, *(int(start) for start in extra)}))
+
+    def whole(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        generator = np.random.default_rng((self.seed, row, 2))
+        tokens = generator.integers(0, self.vocabulary, self.length + 1)
+        labels = tokens[1:].copy()
+        for start in self.documents(row)[1:]:
+            labels[start - 1] = IGNORED
+        # Rows differ in how many labels they carry, and some ranks may get none at all.
+        labels[generator.random(self.length) < generator.random()] = IGNORED
+        if self.fault and row == 0:
+            valid = np.flatnonzero(labels != IGNORED)[0]
+            labels[valid] = (labels[valid] + 1) % self.vocabulary
+        return tokens[:-1], labels
+
+    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
+        tokens, labels = self.whole(row)
+        index = np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in runs)])
+        return tokens[index], labels[index]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    length: int = 37
+    degree: int = 1
+    layout: str = "zigzag"
+    engine: dict[str, Any] = field(default_factory=lambda: {"kind": "torch"})
+    batch: int = 2
+    micro_batch: int = 1
+    steps: int = 3
+    seed: int = 0
+    fp64: bool = True
+    fault: bool = False
+    recompute: bool = False
+    precision: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
+    clip: float = 0.1
+    lr: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did, as seen by the first rank."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    hashes: list[int]
+    tokens: int
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def model_config(case: Case) -> Model:
+    shape = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
+    return Model(**{**shape, "intermediate_size": 40, "init_std": 0.2, **case.model})
+
+
+def config_of(case: Case) -> Config:
+    return Config.model_validate(
+        {
+            "run": "unused",
+            "data": {"sources": [{"path": "unused"}]},
+            "sequence": {"length": case.length, "degree": case.degree, "layout": case.layout},
+            "train": {
+                "steps": case.steps, "batch": case.batch, "micro_batch": case.micro_batch, "lr": case.lr,
+                "clip": case.clip, "loss_chunk": 7, "recompute": case.recompute, "precision": case.precision,
+                "schedule": {"warmup": 2},
+            },
+            "engine": case.engine,
+        }
+    )  # fmt: skip
+
+
+class Watch(Callback):
+    """Collects what a run does."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def on_record(self, trainer: Trainer, record: Record) -> None:
+        self.records.append(record)
+
+
+def build(case: Case) -> tuple[Trainer, Watch]:
+    """A trainer in the current process world."""
+    config, shape = config_of(case), model_config(case)
+    mesh = build_mesh(case.degree, torch.device("cpu"), 60)
+    model = CausalLM(shape, recompute=case.recompute, seed=case.seed)
+    if case.fp64:
+        model = model.double()
+    engine = build_engine(config, model, mesh)
+    assert shape.vocab_size is not None
+    rows = RandomRows(case.length, shape.vocab_size, case.seed, fault=case.fault)
+    watch = Watch()
+    return Trainer(config, shape, mesh, engine, rows, [watch]), watch
+
+
+def train(case: Case) -> Result:
+    """Run a case on the current world; collective."""
+    trainer, watch = build(case)
+    gradients: dict[str, torch.Tensor] = {}
+    step = trainer.engine.step
+
+    def step_and_keep(lr: float, hold: bool) -> Any:
+        if not gradients:
+            gradients.update(full_gradients(trainer.engine.module))
+        return step(lr, hold)
+
+    trainer.engine.step = step_and_keep  # type: ignore[method-assign]
+    trainer.run()
+    return Result(
+        [r["loss"] for r in watch.records],
+        [r["grad_norm"] for r in watch.records],
+        [r["data_hash"] for r in watch.records],
+        trainer.progress.tokens,
+        gradients,
+        full_weights(trainer),
+    )
+
+
+def full_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient, whatever engine holds it."""
+    if not any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in module.parameters()):
+        return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
+
+
+def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every parameter at full precision, gathered from the engine's fragments."""
+    weights = {}
+    for fragment in trainer.engine.fragments():
+        whole = torch.zeros(fragment.shape.numel(), dtype=fragment.weight.dtype)
+        if not trainer.engine.replicated or trainer.mesh.is_first:
+            whole[fragment.start : fragment.start + fragment.numel] = fragment.weight
+        weights[fragment.name] = trainer.mesh.all_reduce(whole).view(fragment.shape).clone()
+    return weights
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(b), 1e-30)
+
+
+def assert_same_training(found: Result, wanted: Result, tolerance: float) -> None:
+    """Losses, norms, gradients and weights agree to ``tolerance`` (relative to the largest entry); the data exactly."""
+    assert found.hashes == wanted.hashes
+    assert found.tokens == wanted.tokens
+    for a, b in zip(found.losses + found.grad_norms, wanted.losses + wanted.grad_norms, strict=True):
+        assert relative(a, b) < tolerance, (a, b)
+    for kind in ("gradients", "weights"):
+        ours, theirs = getattr(found, kind), getattr(wanted, kind)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            scale = max(float(theirs[name].abs().max()), 1e-8)
+            error = float((ours[name].double() - theirs[name].double()).abs().max()) / scale
+            assert error < tolerance, f"{kind} of {name}: {error:.3e}"
