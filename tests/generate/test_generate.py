@@ -1,0 +1,300 @@
+"""Decoding against the full forward and transformers' generate; sampling, stop strings, streaming."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from longctx.config.schema import Model, Rope
+from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.data.train_tokenizer import train_sentencepiece
+from longctx.errors import ConfigError, DataError
+from longctx.generate import Sampling, decode_ids, generate, stream_text
+from longctx.generate import text as text_module
+from longctx.model.decoder import CausalLM
+from longctx.model.hf import save_hf
+from longctx.sequence.context import SequenceContext
+
+VOCAB = 53
+CONFIG = Model(
+    vocab_size=VOCAB, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=40,
+    max_position_embeddings=16, init_std=0.4, family="qwen3", qk_norm=True, sliding_window=6,
+    window_layers=(False, True),
+)  # fmt: skip
+LONGROPE = Rope(rope_type="longrope", factor=2.0, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
+ROPES = {"default": Rope(), "dynamic": Rope(rope_type="dynamic", factor=3.0), "longrope": LONGROPE}
+
+
+def _model(rope: Rope | None = None) -> CausalLM:
+    return CausalLM(CONFIG.model_copy(update={"rope": rope or Rope()}), seed=1).double().eval()
+
+
+def _prompts(seed: int, *lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _greedy_by_full_forwards(model: CausalLM, prompt: Sequence[int], new: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids]), SequenceContext.single(1, len(ids))).hidden_BTD
+        ids.append(int(model.logits(hidden)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_greedy_equals_full_forwards(rope: str) -> None:
+    """13 new tokens after 9 cross max_position_embeddings = 16, where dynamic and longrope change their tables."""
+    model, prompts = _model(ROPES[rope]), _prompts(2, 9, 5, 9)
+    assert generate(model, prompts, 13) == [_greedy_by_full_forwards(model, prompt, 13) for prompt in prompts]
+
+
+@pytest.mark.parametrize("rope", ["default", "longrope"])
+def test_every_step_uses_the_state_unless_the_rotation_changes(rope: str) -> None:
+    model, lengths = _model(ROPES[rope]), []
+    model.embed.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    list(decode_ids(model, _prompts(3, 14), 5))
+    assert lengths == [14, 1, 1, 17 if rope == "longrope" else 1, 1]
+
+
+def test_greedy_equals_transformers(tmp_path: Path) -> None:
+    model = CausalLM(CONFIG, seed=1)
+    save_hf(model, CONFIG, tmp_path / "export")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager")
+    prompts = _prompts(4, 11, 11)
+    expected = theirs.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 11:]
+    assert generate(model, prompts, 20) == expected.tolist()
+    assert len(set(expected.flatten().tolist())) > 5  # a constant would agree too easily
+
+
+def test_an_end_token_ends_only_its_own_prompt() -> None:
+    model, prompts = _model(), _prompts(5, 7, 7)
+    free = generate(model, prompts, 12)
+    end = free[0][3]
+    first = [row[: row.index(end)] if end in row else row for row in free]
+    assert generate(model, prompts, 12, eos_id=end) == first
+    assert len(first[0]) <= 3
+
+
+def test_samples_do_not_depend_on_the_batch() -> None:
+    model, prompts = _model(), _prompts(6, 7, 4, 7)
+    sampling = Sampling(temperature=1.5, seed=3)
+    together = generate(model, prompts, 10, sampling)
+    assert together == generate(model, prompts, 10, sampling)
+    assert together != generate(model, prompts, 10, Sampling(temperature=1.5, seed=4))
+    alone = list(decode_ids(model, [prompts[2]], 10, sampling, streams=[2]))
+    assert [row[0] for row in alone] == together[2]
+    same = generate(model, [prompts[0], prompts[0]], 10, sampling)
+    assert same[0] != same[1]
+
+
+def test_probabilities() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
+    tempered = Sampling(temperature=2.0).probabilities(logits)
+    torch.testing.assert_close(tempered, (logits.double() / 2).softmax(-1), rtol=0, atol=1e-15)
+    p = logits.double().softmax(-1)  # 0.09, 0.66, 0.24, 0.01
+    for top_p, kept in ((0.5, [1]), (0.7, [1, 2]), (0.905, [0, 1, 2]), (1.0, [0, 1, 2, 3])):
+        found = Sampling(temperature=1.0, top_p=top_p).probabilities(logits)
+        assert found.nonzero().flatten().tolist() == kept
+        torch.testing.assert_close(found[kept], p[kept] / p[kept].sum(), rtol=0, atol=1e-15)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    sampling = Sampling(temperature=1.0, seed=7)
+    generator, logits = sampling.generator(0), torch.tensor([0.0, 1.0, -float("inf")])
+    counts = Counter(sampling.choose(logits, generator) for _ in range(4000))
+    assert counts[2] == 0
+    # Five standard deviations of a binomial draw.
+    assert counts[1] / 4000 == pytest.approx(1 / (1 + torch.e**-1), abs=5 * (0.25 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_sampling_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+def test_empty_prompts_are_refused() -> None:
+    with pytest.raises(DataError, match="the prompt is empty"):
+        generate(_model(), [[]], 3)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix-space", "plain"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A SentencePiece tokenizer, with and without a space put before every text."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = Path(text_module.__file__).read_text().splitlines()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param, minloglevel=2,
+    )  # fmt: skip
+    return load_tokenizer(folder)
+
+
+def _script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Let the model "generate" these ids."""
+
+    def scripted(model: Any, prompts: Any, max_tokens: int, sampling: Any) -> Iterator[list[int]]:
+        yield from ([token] for token in ids[:max_tokens])
+
+    monkeypatch.setattr(text_module, "decode_ids", scripted)
+
+
+NO_MODEL: Any = None
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words  with   spaces\n\n  and lines", "naïve 中文 🙂🙂 end", "🙂", "def f(self): return 0"]
+)
+def test_pieces_join_to_the_text(text: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, new = tokenizer.encode("The prompt é"), tokenizer.encode("x" + text)
+    whole = tokenizer.decode(prompt + new)
+    _script(monkeypatch, new)
+    pieces = list(stream_text(NO_MODEL, tokenizer, "The prompt é", 1000))
+    assert "The prompt é" + "".join(pieces) == whole
+    assert text in whole
+    assert all(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_broken_bytes_are_shown_at_the_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    smile = tokenizer.encode("🙂")[-4:]
+    _script(monkeypatch, smile[:2])
+    assert "\ufffd" in "".join(stream_text(NO_MODEL, tokenizer, "p", 10))
+
+
+@pytest.mark.parametrize(
+    "stop, shown",
+    [
+        (["CCC"], "aaa bbb ccc ddd"),
+        (["ccc"], "aaa bbb "),
+        (["ddd", "bbb"], "aaa "),
+        (["b c"], "aaa bb"),
+        (["a"], ""),
+        (["dddd", " ddd!"], "aaa bbb ccc ddd"),
+    ],
+)
+def test_stop_strings(stop: list[str], shown: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = tokenizer.encode("|aaa bbb ccc ddd")
+    new = new[next(i for i, token in enumerate(new) if "|" in tokenizer.decode([token])) + 1 :]
+    _script(monkeypatch, new)
+    assert "".join(stream_text(NO_MODEL, tokenizer, "|", 1000, stop=stop)) == shown
+
+
+def test_the_end_token_and_the_limit_end_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = tokenizer.encode("yes no")
+    _script(monkeypatch, [*new, tokenizer.eos_id, *new])
+    assert "".join(stream_text(NO_MODEL, tokenizer, "p", 1000)).strip() == "yes no"
+    one = "".join(stream_text(NO_MODEL, tokenizer, "p", 1))
+    assert tokenizer.decode([*tokenizer.encode("p"), new[0]]) == "p" + one
+
+
+def test_streaming_runs_the_model(tokenizer: Tokenizer) -> None:
+    config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    model = CausalLM(config, seed=1).double()
+    ids = generate(model, [tokenizer.encode("def ")], 9, eos_id=tokenizer.eos_id)[0]
+    text = "".join(stream_text(model, tokenizer, "def ", 9))
+    assert "def " + text == tokenizer.decode(tokenizer.encode("def ") + ids)
+
+
+def test_empty_stop_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        next(stream_text(NO_MODEL, tokenizer, "p", 3, stop=[""]))
+    with pytest.raises(DataError, match="prompt is empty"):
+        next(stream_text(NO_MODEL, tokenizer, "", 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tokenizer."""
+    root = tmp_path_factory.mktemp("model")
+    text = Path(text_module.__file__).read_text()
+    vocab = train_sentencepiece([text[i : i + 500] for i in range(0, len(text), 500)], root / "tok", 420)
+    config = CONFIG.model_copy(update={"vocab_size": vocab.tokenizer.vocab_size, "eos_token_id": 2})
+    save_hf(CausalLM(config, seed=1), config, root / "hf", root / "tok")
+    return root / "hf"
+
+
+def _longctx(*args: object) -> int:
+    from longctx.cli.main import main
+
+    return main([str(arg) for arg in args])
+
+
+def test_generate_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--max-tokens", 12, "--device", "cpu")
+    assert _longctx("generate", folder, "--prompt", "def f", *options) == 0
+    text = capsys.readouterr().out
+    assert text.strip()
+    (tmp_path / "prompt.txt").write_text("def f")
+    assert _longctx("generate", folder, "--file", tmp_path / "prompt.txt", *options) == 0
+    assert capsys.readouterr().out == text
+    assert _longctx("generate", folder, "--prompt", "def f", *options, "--temperature", 1.2, "--top-p", 0.9) == 0
+    assert capsys.readouterr().out != text
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--top-p", "2"), "top_p 2.0 is out of range"),
+        (("--prompt", "a", "--max-tokens", "0"), "--max-tokens must be at least 1"),
+        (("--file", "nowhere.txt"), "cannot read the prompt from nowhere.txt"),
+    ],
+)
+def test_generate_command_refuses(
+    args: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _longctx("generate", folder, *args) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_export_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype in ("fp32", "bf16"):
+        assert (
+            _longctx("export", folder, "--out", tmp_path / dtype, "--dtype", dtype, "--check", "--max-shard", "40k")
+            == 0
+        )
+        out = capsys.readouterr().out
+        assert float(out.split("own class: ")[1].split()[0]) <= 1e-4
+        assert len(list((tmp_path / dtype).glob("model-*.safetensors"))) > 1
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / dtype).eos_token_id == 2
+
+
+def test_export_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((folder, "--out", tmp_path / "x", "--family", "llama"), "set model.family to qwen3"),
+        ((folder, "--out", folder), "already exists"),
+        ((folder, "--out", tmp_path / "x", "--max-shard", "many"), "--max-shard: 'many' is not a whole number"),
+        ((tmp_path / "nothing", "--out", tmp_path / "x"), "nothing"),
+    ]
+    for args, message in cases:
+        assert _longctx("export", *args) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_export_fails_the_check(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from longctx.model import hf_save
+
+    wrong = hf_save.to_hf_config
+
+    def tampered(config: Model, dtype: str = "float32") -> dict[str, Any]:
+        return {**wrong(config, dtype), "rms_norm_eps": 0.1}
+
+    monkeypatch.setattr(hf_save, "to_hf_config", tampered)
+    assert _longctx("export", folder, "--out", tmp_path / "x", "--check") == 2
+    assert "does not reproduce the model" in capsys.readouterr().err
