@@ -1,5 +1,6 @@
 """transformers' AutoTokenizer, loading an export, gives the ids of our own tokenizer."""
 
+import json
 import random
 from pathlib import Path
 
@@ -48,6 +49,29 @@ def test_sentencepiece(kind: str, tmp_path: Path) -> None:
     assert theirs.bos_token_id == ours.bos_id
     exported = load_tokenizer(tmp_path / "export")
     assert exported.fingerprint == ours.fingerprint
+
+
+def test_sentencepiece_like_llama(tmp_path: Path) -> None:
+    """Llama 2's own kind: a space is put before every text; settings beside the model are kept."""
+    from sentencepiece import SentencePieceTrainer
+
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SOURCE.splitlines()), model_prefix=str(source / "tokenizer"), vocab_size=500,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, minloglevel=2,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "LlamaTokenizer", "model_max_length": 4096, "chat_template": "{{ messages }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_hf(CausalLM(CONFIG), CONFIG, tmp_path / "export", source)
+    ours, theirs = load_tokenizer(source), transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in _texts(3):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text), text[:80]
+        assert theirs.decode(ids) == text
+    assert theirs.model_max_length == 4096
+    assert theirs.chat_template == "{{ messages }}"
 
 
 def test_tokenizer_json(tmp_path: Path) -> None:
