@@ -6,7 +6,8 @@ import typing
 from longctx.cli.options import add_config_arguments
 
 if typing.TYPE_CHECKING:
-    from longctx.config.schema import Config
+    from longctx.config.check import Problem
+    from longctx.config.schema import Config, Model
 
 HELP = "report every error of a config at once, without starting anything"
 
@@ -32,20 +33,35 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give a config file: longctx check CONFIG [section.key=value ...] [--world N]")
     document = read_document(args.config, args.overrides)
     config, faults = validate(document)
-    if config is not None:
-        from longctx.config.check import find_problems
-
-        for problem in find_problems(config, args.world):
-            faults.append(f"{document.where(problem.path)}: {dotted(problem.path)}: {problem.message}")
-    if config is None or faults:
+    if config is None:
         raise ConfigError("\n".join(faults))
+    model, problems = _inspect(config, args.world)
+    if problems:
+        lines = [f"{document.where(problem.path)}: {dotted(problem.path)}: {problem.message}" for problem in problems]
+        raise ConfigError("\n".join(lines))
     if args.show:
         print(dump_config(config), end="")
         return 0
     print(f"ok: {args.config}")
-    for name, value in _summary_lines(config, args.world):
+    for name, value in _summary_lines(config, model, args.world):
         print(f"  {name:<10} {value}")
     return 0
+
+
+def _inspect(config: "Config", world: int | None) -> tuple["Model", list["Problem"]]:
+    """The model that will be trained and every problem of the config."""
+    from longctx.config.check import Problem, find_problems
+    from longctx.errors import ConfigError
+    from longctx.model.families import read_hf_config
+
+    problems = find_problems(config, world)
+    folder, where = config.model.from_hf, ("model", "from_hf")
+    if folder is None or any(problem.path == where for problem in problems):
+        return config.model, problems
+    try:
+        return read_hf_config(folder), problems
+    except ConfigError as error:
+        return config.model, [*problems, Problem(where, str(error))]
 
 
 def _positive(text: str) -> int:
@@ -55,11 +71,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]:
+def _summary_lines(config: "Config", model: "Model", world: int | None) -> list[tuple[str, str]]:
     from longctx.config.summary import summarize
 
-    size = summarize(config, world)
-    model, train, length = size.model, config.train, config.sequence.length
+    size = summarize(config, model, world)
+    train, length = config.train, config.sequence.length
     parameters = "parameters known once the corpus is built"
     if size.parameters is not None:
         parameters = f"{size.parameters:,} parameters"
@@ -78,5 +94,17 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
         ),
         ("total", f"{size.total_tokens:,} tokens in {train.steps:,} steps"),
         ("corpus", corpus),
+        ("export", _export_line(model, length)),
         ("engine", f"{config.engine.kind}, ZeRO {config.engine.zero}, {train.precision}"),
     ]
+
+
+def _export_line(model: "Model", length: int) -> str:
+    from longctx.errors import ConfigError
+    from longctx.model.families import check_exportable
+
+    try:
+        check_exportable(model.model_copy(update={"max_position_embeddings": model.max_position_embeddings or length}))
+    except ConfigError as error:
+        return f"not possible: {error}"
+    return f"as a Hugging Face {model.family} model"

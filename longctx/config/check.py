@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.document import KeyPath
-from longctx.config.hf_folder import read_hf_shapes
+from longctx.config.hf_folder import read_hf_json
 from longctx.config.schema import Config, Model
 from longctx.errors import ConfigError
 
@@ -129,7 +129,7 @@ def _from_hf(config: Config) -> Iterator[Problem]:
             message = f"comes from model.from_hf ({model.from_hf}) and cannot be set beside it; leave it out"
             yield Problem(("model", name), message)
     try:
-        read_hf_shapes(model.from_hf)
+        read_hf_json(model.from_hf)
     except ConfigError as error:
         yield Problem(("model", "from_hf"), str(error))
         return

@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from longctx.config.schema import Model
 from longctx.errors import ConfigError
 
 ARCHITECTURES = {
@@ -57,38 +54,3 @@ def architecture(values: dict[str, Any], file: Path) -> str:
     raise ConfigError(
         f"{file} is of architecture {named}, which is not supported; supported: {', '.join(ARCHITECTURES)}"
     )
-
-
-def read_hf_shapes(folder: Path) -> Model:
-    """The model section of a folder as far as its parameter count needs it (no rope, window or token ids).
-
-    Raises:
-        ConfigError: as :func:`read_hf_json`, or a shape is missing or contradicts another one.
-    """
-    values = read_hf_json(folder)
-    family = architecture(values, folder / "config.json")
-    try:
-        return Model.model_validate(
-            {
-                "family": family,
-                "vocab_size": values["vocab_size"],
-                "hidden_size": values["hidden_size"],
-                "num_layers": values["num_hidden_layers"],
-                "num_heads": values["num_attention_heads"],
-                "num_kv_heads": values.get("num_key_value_heads"),
-                "head_dim": values.get("head_dim"),
-                "intermediate_size": values["intermediate_size"],
-                "qkv_bias": values.get("attention_bias", False) or family == "qwen2",
-                "o_bias": values.get("attention_bias", False) and family != "qwen2",
-                "mlp_bias": values.get("mlp_bias", False),
-                "qk_norm": family == "qwen3",
-                "tie_embeddings": values.get("tie_word_embeddings", False),
-                "max_position_embeddings": values.get("max_position_embeddings"),
-            }
-        )
-    except KeyError as error:
-        raise ConfigError(f"{folder / 'config.json'} has no {error.args[0]}") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"])) or "shapes"
-        raise ConfigError(f"{folder / 'config.json'}: {key}: {fault['msg'].removeprefix('Value error, ')}") from None

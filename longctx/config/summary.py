@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from longctx.config.check import read_manifest_json, split_tokens
-from longctx.config.hf_folder import read_hf_shapes
 from longctx.config.schema import Config, Model
 from longctx.errors import ConfigError
 
@@ -16,7 +15,6 @@ class Summary:
     training tokens of all sources once, None if one cannot be read. ``accumulation`` is micro-batches per step.
     """
 
-    model: Model
     parameters: int | None
     world: int
     data_ranks: int
@@ -26,15 +24,17 @@ class Summary:
     corpus_tokens: int | None
 
 
-def summarize(config: Config, world: int | None = None) -> Summary:
-    """Sizes of a config without problems; without ``world``, of its smallest world: one sequence at a time."""
+def summarize(config: Config, model: Model, world: int | None = None) -> Summary:
+    """Sizes of a config without problems; without ``world``, of its smallest world: one sequence at a time.
+
+    Args:
+        model: the model that will be trained, which is ``config.model`` unless that names a Hugging Face folder.
+    """
     ranks = world or config.sequence.degree
     data_ranks = ranks // config.sequence.degree
-    model = read_hf_shapes(config.model.from_hf) if config.model.from_hf else config.model
     vocab = model.vocab_size or _corpus_vocab(config)
     tokens = config.train.batch * config.sequence.length
     return Summary(
-        model=model,
         parameters=count_parameters(model, vocab) if vocab else None,
         world=ranks,
         data_ranks=data_ranks,
