@@ -35,6 +35,14 @@ def test_jsonl_is_cut_without_losing_a_line(
     assert read_all(plan_inputs([file], unit_bytes=unit_bytes)) == texts
 
 
+def test_jsonl_may_be_cut_exactly_at_a_line(tmp_path: Path) -> None:
+    texts = make_texts(8, seed=1)
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    line_starts = [at + 1 for at, byte in enumerate(file.read_bytes()) if byte == ord("\n")]
+    for unit_bytes in [near for start in line_starts for near in (start - 1, start, start + 1)]:
+        assert read_all(plan_inputs([file], unit_bytes=unit_bytes)) == texts
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
 @pytest.mark.parametrize("unit_bytes", [1, 2000, 10**9])
 def test_parquet_is_cut_by_row_groups(tmp_path: Path, kind: pa.DataType, unit_bytes: int) -> None:
