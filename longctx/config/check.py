@@ -210,7 +210,7 @@ def read_manifest_json(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no corpus (no manifest.json); build it with `longctx data build`") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file} is damaged; build the corpus again with `longctx data build`") from None
     return dict(manifest)
 

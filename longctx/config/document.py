@@ -52,6 +52,13 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: Dumper, text: str) -> yaml.Node:
+    # Unquoted or in single quotes, YAML reads these as line breaks.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_PLAIN + "str", text, style=style)
+
+
+Dumper.add_representer(str, _represent_text)
 Dumper.add_implicit_resolver(_PLAIN + "float", _FLOAT, list("-+.0123456789"))
 
 

@@ -1,0 +1,245 @@
+"""Rules across sections and against files: each fault is found, named and alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from config_files import corpus, hf_folder, write_runnable
+
+from longctx.config.check import find_problems
+from longctx.config.load import load_config
+from longctx.config.schema import Config, Model
+from longctx.config.summary import count_parameters, summarize
+
+
+def problems(folder: Path, *overrides: str, world: int | None = None) -> list[str]:
+    config = load_config(write_runnable(folder), overrides)
+    found = find_problems(config, world)
+    return [f"{'.'.join(map(str, problem.path))}: {problem.message}" for problem in found]
+
+
+def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
+    assert problems(tmp_path, world=1) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.micro_batch=3", "train.batch: 4 is not a multiple of train.micro_batch 3"),
+        ("train.betas=[0.9, 1.0]", "train.betas: 1.0 is not in [0, 1)"),
+        ("train.schedule.warmup=11", "train.schedule.warmup: 11 is more than train.steps 10"),
+        ("train.schedule={kind: wsd, warmup: 6, decay: 5}", "train.schedule: warmup 6 + decay 5 is more than"),
+        ("train.schedule={kind: wsd, warmup: 10}", "train.schedule: warmup 10 + decay 1 is more than"),
+        ("train.schedule.decay=3", "train.schedule.decay: only kind wsd has a final decay, cosine does not"),
+        ("sequence={length: 2, degree: 3}", "sequence.length: 2 tokens cannot be cut over 3 ranks"),
+        ("model.max_position_embeddings=63", "model.max_position_embeddings: 63 is below sequence.length 64"),
+        ("model.vocab_size=299", "model.vocab_size: 299 is below the 300 tokens of the corpus' tokenizer"),
+        ("sequence.length=1001", "holds 1000 training tokens, fewer than sequence.length 1001"),
+        ("model.window_layers=[true,false,true,true]", "model.window_layers: has no effect without"),
+        ("model.rope={rope_type: yarn, factor: 4}", "model.rope: yarn needs original_max_position_embeddings"),
+        (
+            "model.rope={rope_type: yarn, original_max_position_embeddings: 65}",
+            "model.rope: original_max_position_embeddings 65 is above the model's 64",
+        ),
+        (
+            "model.rope={rope_type: longrope, original_max_position_embeddings: 32, factor: 2, short_factor: [1], "
+            "long_factor: [1]}",
+            "model.rope.long_factor: has 1 numbers for 32 rotated pairs",
+        ),
+        (
+            "model.rope={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4, "
+            "original_max_position_embeddings: 32}",
+            "model.rope.low_freq_factor: 4.0 must be below high_freq_factor 4.0",
+        ),
+        ("data.tokenizer=nowhere", "data.tokenizer: nowhere does not exist"),
+        ("data.sources.0.long_repeat=2", "data.sources.0.long_repeat: has no effect without long_documents"),
+        ("data.sources.0.path=nowhere", "data.sources.0.path: the corpus nowhere does not exist; build it with"),
+        ("run=/dev/null/x", "run: /dev/null/x cannot be a folder: /dev/null is a file"),
+    ],
+)
+def test_each_fault_is_found(tmp_path: Path, override: str, says: str) -> None:
+    assert says in "\n".join(problems(tmp_path, override))
+
+
+def test_exact_limits_are_fine(tmp_path: Path) -> None:
+    fine = ["train.schedule={kind: wsd, warmup: 6, decay: 4}", "sequence.length=1000", "model.vocab_size=300"]
+    assert problems(tmp_path, *fine, "model.max_position_embeddings=1000", "sequence.degree=1000") == []
+
+
+def test_all_faults_come_at_once(tmp_path: Path) -> None:
+    overrides = ["train.schedule.warmup=11", "model.vocab_size=2", "sequence.degree=3", "run=/dev/null"]
+    assert len(problems(tmp_path, *overrides, world=4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("degree", "world", "says"),
+    [
+        (3, 4, ["sequence.degree: 3 does not divide the world of 4 ranks; use one of 1, 2, 4"]),
+        (8, 4, ["sequence.degree: 8 does not divide the world of 4 ranks; use one of 1, 2, 4"]),
+        (2, 4, []),
+        (1, 8, ["train.batch: 4 is not a multiple of 8, which is train.micro_batch 1 x 8 data ranks"]),
+        (2, 8, []),
+        (1, 1, []),
+    ],
+)
+def test_world(tmp_path: Path, degree: int, world: int, says: list[str]) -> None:
+    found = problems(tmp_path, f"sequence.degree={degree}", world=world)
+    assert len(found) == len(says)
+    assert all(line.startswith(start) for line, start in zip(found, says, strict=True))
+
+
+def damage(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "is no corpus (no manifest.json)"),
+        (lambda folder: damage(folder, "{"), "is damaged; build the corpus again"),
+        (lambda folder: damage(folder, "[]"), "is damaged"),
+        (lambda folder: damage(folder, '{"tokenizer": {"vocab_size": 3}}'), "is damaged"),
+        (lambda folder: damage(folder, '{"tokenizer": {"vocab_size": 3, "fingerprint": "f"}, "shards": 3}'), "damaged"),
+    ],
+)
+def test_spoiled_corpora(tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:
+    config = load_config(write_runnable(tmp_path))
+    spoil(tmp_path / "corpus")
+    (problem,) = find_problems(config)
+    assert problem.path == ("data", "sources", 0, "path")
+    assert says in problem.message
+
+
+def test_sources_must_share_a_tokenizer(tmp_path: Path) -> None:
+    corpus(tmp_path / "other", fingerprint="g")
+    assert "were built with different tokenizers" in problems(tmp_path, f"data.sources.1.path={tmp_path}/other")[0]
+
+
+def test_validation_needs_a_held_out_split(tmp_path: Path) -> None:
+    corpus(tmp_path / "whole", valid=0)
+    overrides = [f"data.sources.0.path={tmp_path}/whole", "train.eval_every=1"]
+    assert problems(tmp_path, *overrides)[0].startswith("train.eval_every: the corpus has no held-out split")
+
+
+def test_hf_folder_is_accepted_with_rope_beside_it(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    overrides = [f"model.from_hf={folder}", "model.rope.rope_theta=1e6", "model.max_position_embeddings=128"]
+    assert problems(tmp_path, *overrides) == []
+
+
+def test_shapes_beside_an_hf_folder_are_refused(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    found = problems(tmp_path, f"model.from_hf={folder}", "model.num_layers=7", "model.family=qwen2")
+    assert [line.split(":")[0] for line in found] == ["model.family", "model.num_layers"]
+    assert "cannot be set beside it" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel, which is not supported; supported: Llama",
+        ),
+        ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba', which is not supported"),
+        ({"architectures": None, "model_type": None}, "architecture None, which is not supported"),
+        ({"architectures": 3}, "which is not supported"),
+    ],
+)
+def test_unsupported_architectures_are_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    folder = hf_folder(tmp_path / "hf", **changes)
+    assert says in problems(tmp_path, f"model.from_hf={folder}")[0]
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_supported_architectures(tmp_path: Path, name: str) -> None:
+    folder = hf_folder(tmp_path / "hf", architectures=[name])
+    assert problems(tmp_path, f"model.from_hf={folder}") == []
+
+
+def test_spoiled_hf_folders(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    override = f"model.from_hf={folder}"
+    config = load_config(write_runnable(tmp_path), [override])
+
+    def only() -> str:
+        (problem,) = find_problems(config)
+        assert problem.path == ("model", "from_hf")
+        return problem.message
+
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in only()
+    (folder / "config.json").write_text("{")
+    assert "is not JSON" in only()
+    (folder / "config.json").write_text(json.dumps([]))
+    assert "is not a JSON object" in only()
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in only()
+    folder.rmdir()
+    assert "is no folder" in only()
+
+
+def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = problems(tmp_path, "track.tensorboard=true", "track.wandb=p")
+    assert [line.split(";")[0] for line in found] == [
+        "track.tensorboard: needs the package tensorboard",
+        "track.wandb: needs the package wandb",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "num_kv_heads": 1, "intermediate_size": 40},
+        {"qkv_bias": True, "head_dim": 6, "norm_eps": 1e-6},
+        {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True, "num_kv_heads": 2},
+    ],
+)
+def test_parameter_count_is_that_of_the_model(changes: dict[str, Any]) -> None:
+    from longctx.model.decoder import CausalLM
+
+    config = Model.model_validate({"vocab_size": 37, "hidden_size": 32, "num_layers": 3, "num_heads": 4, **changes})
+    with torch.device("meta"):
+        model = CausalLM(config, seed=None)
+    assert count_parameters(config, 37) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_known_models_have_their_published_size() -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    for name, published in {"llama_1b_128k": 1_235_814_400, "llama_8b_128k": 8_030_261_248}.items():
+        assert count_parameters(load_config(configs / f"{name}.yaml").model, 128_256) == published
+
+
+def test_summary(tmp_path: Path) -> None:
+    config: Config = load_config(
+        write_runnable(tmp_path), ["sequence.degree=2", "train.batch=12", "train.micro_batch=2"]
+    )
+    size = summarize(config, config.model, 6)
+    assert (size.world, size.data_ranks, size.accumulation) == (6, 3, 2)
+    assert (size.tokens_per_step, size.total_tokens, size.corpus_tokens) == (12 * 64, 12 * 64 * 10, 1000)
+    assert size.parameters == count_parameters(config.model, 300)
+    smallest = summarize(config, config.model)
+    assert (smallest.world, smallest.data_ranks, smallest.accumulation) == (2, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        ("debug", 2),
+        ("demo", 2),
+        ("llama_1b_128k", 32),
+        ("llama_1b_1m", 64),
+        ("llama_8b_128k", 64),
+        ("llama_8b_1m", 128),
+        ("continue_hf", 8),
+    ],
+)
+def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+    missing = {("data", "sources", index, "path") for index in range(len(config.data.sources))} | {("model", "from_hf")}
+    assert {problem.path for problem in find_problems(config, world)} <= missing
