@@ -56,7 +56,8 @@ def by_position(
 ) -> dict[str, Any]:
     """Score the first ``num_rows`` rows and bucket their tokens by how much context they had.
 
-    Bin k holds the targets preceded by ``2^k`` to ``2^(k+1) - 1`` tokens of the same document in the same row.
+    A target has as much context as tokens of the same document precede it in its row. Bin 0 holds the targets with one
+    token of context, bin k > 0 those with ``2^(k-1) + 1`` to ``2^k``, so a row of ``2^k`` tokens fills its last bin.
     All losses are in nats; ``bits_per_byte`` divides by the UTF-8 bytes of the targets' text, end-of-document tokens
     counting as zero bytes but their loss in full. Sums are in fp64.
 
@@ -68,14 +69,14 @@ def by_position(
     Raises:
         LongctxError: the model's loss is not finite.
     """
-    num_bins = rows.length.bit_length()
+    num_bins = (rows.length - 1).bit_length() + 1
     sums_K, counts_K = torch.zeros(2, num_bins, dtype=torch.float64)
     num_bytes = 0
     for row in range(num_rows):
         context = _context(mesh, layout, rows.length, rows.documents(row))
         tokens_T, labels_T = rows.read(row, context.layout.runs[context.rank])
         nll_T, valid_T = _score(model, tokens_T, labels_T, context, mesh, chunk)
-        bins_T = _log2(context.positions()[0] + 1)
+        bins_T = _bit_length(context.positions()[0])
         sums_K.index_add_(0, bins_T[valid_T], nll_T[valid_T])
         counts_K += torch.bincount(bins_T[valid_T], minlength=num_bins)
         if mesh.is_first:
@@ -138,9 +139,9 @@ def _score(
     return nll_1T[0].double().cpu(), torch.from_numpy(labels_T != IGNORED)
 
 
-def _log2(numbers_T: torch.Tensor) -> torch.Tensor:
-    """Exact floor of log2 of positive integers."""
-    return torch.frexp(numbers_T.double())[1].long() - 1
+def _bit_length(numbers_T: torch.Tensor) -> torch.Tensor:
+    """Binary digits of each integer, 0 for 0."""
+    return torch.frexp(numbers_T.double())[1].long()
 
 
 def _summary(sums: list[float], counts: list[float], num_bytes: int) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _summary(sums: list[float], counts: list[float], num_bytes: int) -> dict[str
             f"the model's held-out loss is {total}: its weights hold nan or inf, or overflow in this dtype"
         )
     bins = [
-        {"start": 2**k, "stop": 2 ** (k + 1), "count": int(count), "nll": nll, **_mean(nll, count)}
+        {"start": (1 << k >> 1) + 1, "stop": 2**k + 1, "count": int(count), "nll": nll, **_mean(nll, count)}
         for k, (nll, count) in enumerate(zip(sums, counts, strict=True))
     ]
     while bins and not bins[-1]["count"]:

@@ -26,11 +26,11 @@ def _perplexity(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str,
     yield "perplexity", units.fixed(scores["perplexity"], 2), ""
     yield "bits per byte", units.fixed(scores["bits_per_byte"], 3), ""
     for entry in scores["bins"]:
-        remark = f"positions {entry['start']:,} to {entry['stop'] - 1:,}, {entry['count']:,} tokens"
+        remark = f"{entry['start']:,} to {entry['stop'] - 1:,} tokens of context, {entry['count']:,} targets"
         yield "perplexity by position", units.fixed(entry["perplexity"], 2), remark
     if scores["gain"]:
         first, last = scores["gain"]["curve"][0], scores["gain"]["curve"][-1]
-        remark = f"nats per token: {last['context']:,} tokens of context against {first['context']:,}, same targets"
+        remark = f"nats per token, {last['context']:,} against {first['context']:,} tokens of context"
         yield "gain from context", units.fixed(first["loss"] - last["loss"], 4), remark
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +16,8 @@ from longctx.report.style import Theme, figure, headline, label_end, mark_moment
 
 _MARK_LABELS = 4
 """Interruptions labelled by name; with more of them only the hairlines are drawn."""
+_LEAST_SPAN = 0.2
+"""Nats shown at least on the axis of a loss difference."""
 
 
 def loss(metrics: Metrics, entropy: float | None, path: Path, theme: Theme) -> None:
@@ -73,25 +76,25 @@ def optimization(metrics: Metrics, path: Path, theme: Theme) -> None:
 
 
 def perplexity(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
-    """Perplexity by tokens of context, one step per log2 bin of ``perplexity.json``."""
+    """Perplexity by tokens of context, one step per bin of ``perplexity.json``; a bin ends at a power of two."""
     bins = [entry for entry in results["bins"] if entry["count"]]
     with figure(theme, path) as (axes,):
         headline(
             axes,
             "Perplexity by position",
-            "held-out text; tokens of the same document that precede the predicted one",
+            "held-out text; every bin covers a doubling of the context",
             theme,
         )
-        edges = [entry["start"] for entry in bins] + [bins[-1]["stop"]]
+        edges = [0.5, *(entry["stop"] - 1 for entry in bins)]
         values = [entry["perplexity"] for entry in bins]
         axes.stairs(values, edges, color=theme.primary, linewidth=2.0, baseline=None)
-        centres = [math.sqrt(entry["start"] * entry["stop"]) for entry in bins]
+        centres = [math.sqrt(left * right) for left, right in pairwise(edges)]
         axes.plot(centres, values, color=theme.primary, marker="o", markersize=4, linestyle="none")
         mark_reference(axes, results["perplexity"], f"all held-out tokens {results['perplexity']:.2f}", theme)
         _plain_log(axes)
         label_end(axes, edges[-1], values[-1], f"{values[-1]:.2f}", theme.primary)
         _context_axis(axes, edges[0], edges[-1])
-        axes.set_xlabel("position in the context (tokens, log2 bins)")
+        axes.set_xlabel("tokens of context before the predicted one")
 
 
 def context_gain(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
@@ -107,6 +110,7 @@ def context_gain(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
             theme,
         )
         axes.plot(contexts, losses, color=theme.primary, marker="o", markersize=4.5, clip_on=False)
+        _widen(axes, _LEAST_SPAN)
         label_end(axes, contexts[-1], losses[-1], f"{losses[-1]:.3f}", theme.primary)
         _context_axis(axes, contexts[0], contexts[-1])
         axes.set_xlabel("tokens of context kept before the targets")
@@ -114,15 +118,16 @@ def context_gain(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
 
 def needle(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
     """Retrieval accuracy over context length and depth: multiple choice, and greedy decoding when it was run."""
-    panels = [("choice_accuracy", f"multiple choice, chance {units.share(results['chance'])}")]
+    chance = f"chance {units.share(results['chance'])}, {results['samples_per_cell']} samples per cell"
+    panels = [("choice_accuracy", "Needle, multiple choice", chance)]
     if all(cell["greedy_accuracy"] is not None for cell in results["cells"]):
-        panels.append(("greedy_accuracy", "greedy decoding, exact value found"))
+        panels.append(("greedy_accuracy", "Needle, greedy decoding", "the exact number is in the answer"))
     depths = sorted({cell["depth"] for cell in results["cells"]})
     height = 1.7 + 0.42 * len(depths)
     with figure(theme, path, height=max(3.0, height), columns=len(panels)) as panels_axes:
-        for axes, (field, subtitle) in zip(panels_axes, panels, strict=True):
+        for axes, (field, title, subtitle) in zip(panels_axes, panels, strict=True):
             _heat(axes, results["cells"], depths, field, theme)
-            headline(axes, "Needle retrieval", subtitle, theme)
+            headline(axes, title, subtitle, theme)
         panels_axes[0].set_ylabel("depth of the needle (0% is the start)")
 
 
@@ -187,14 +192,22 @@ def _mark_interruptions(axes: Axes, metrics: Metrics, theme: Theme, labels: bool
         mark_moment(axes, stop.stopped, text if named else "", theme)
 
 
+def _widen(axes: Axes, span: float) -> None:
+    """Show at least ``span`` on the y axis: noise must not fill the figure."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - span / 2, middle + span / 2)
+
+
 def _context_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xlim(low, high)
-    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    powers = range(math.ceil(math.log2(max(1, low))), math.ceil(math.log2(high)) + 1)
     stride = max(1, math.ceil(len(powers) / 12))
     axes.set_xticks([2**power for power in powers][::-1][::stride][::-1])
     axes.xaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(ticks.NullLocator())
+    axes.set_xlim(low, high)
 
 
 def _plain_log(axes: Axes) -> None:
@@ -206,7 +219,7 @@ def _plain_log(axes: Axes) -> None:
         axes.yaxis.set_major_locator(ticks.MaxNLocator(nbins=5))
     else:
         axes.yaxis.set_major_locator(ticks.LogLocator(subs=_log_subs(decades)))
-    axes.yaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_locator(ticks.NullLocator())
 
 

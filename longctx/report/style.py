@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 WIDTH = 8.0
 """Inches; every figure is this wide."""
@@ -72,7 +73,7 @@ def mark_reference(axes: Axes, y: float, text: str, theme: Theme) -> None:
     axes.axhline(y, color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1.5)
     axes.annotate(
         text, (1, y), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=theme.muted,
-        fontsize=9, va="bottom", ha="right",
+        fontsize=9, va="bottom", ha="right", path_effects=_halo(theme),
     )  # fmt: skip
 
 
@@ -82,8 +83,13 @@ def mark_moment(axes: Axes, x: float, text: str, theme: Theme) -> None:
     if text:
         axes.annotate(
             text, (x, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", color=theme.muted,
-            fontsize=8.5, va="top",
+            fontsize=8.5, va="top", path_effects=_halo(theme),
         )  # fmt: skip
+
+
+def _halo(theme: Theme) -> list[AbstractPathEffect]:
+    """A rim in the colour of the background, so that text stays readable on top of a curve."""
+    return [withStroke(linewidth=3, foreground=theme.background)]
 
 
 def _settings(theme: Theme) -> Any:

@@ -33,14 +33,14 @@ def shard_mesh(rank: int, degree: int) -> Mesh:
 
 
 def naive_bins() -> dict[int, list[float]]:
-    """NLL of every target by floor(log2(preceding tokens)), by plain loops."""
+    """NLL of every target by ceil(log2(preceding tokens)), by plain loops."""
     bins: dict[int, list[float]] = {}
     for starts in STARTS:
         for start, stop in zip(starts, (*starts[1:], LENGTH), strict=True):
             for position in range(stop - start):
                 if start + position + 1 in starts:
                     continue
-                bins.setdefault((position + 1).bit_length() - 1, []).append(math.log(2 + position))
+                bins.setdefault(math.ceil(math.log2(position + 1)), []).append(math.log(2 + position))
     return bins
 
 
@@ -51,9 +51,10 @@ def score(mesh: Mesh, **options: Any) -> dict[str, Any]:
 
 def test_known_probabilities_give_exact_perplexity_by_bin() -> None:
     result, expected = score(alone()), naive_bins()
-    assert [entry["start"] for entry in result["bins"]] == [2**k for k in range(len(expected))]
+    assert [(entry["start"], entry["stop"]) for entry in result["bins"]] == [
+        (1, 2), (2, 3), (3, 5), (5, 9), (9, 17), (17, 33), (33, 65), (65, 129)
+    ]  # fmt: skip
     for k, entry in enumerate(result["bins"]):
-        assert entry["stop"] == 2 * entry["start"]
         assert entry["count"] == len(expected[k])
         loss = math.fsum(expected[k]) / len(expected[k])
         assert entry["loss"] == pytest.approx(loss, abs=1e-12)

@@ -47,7 +47,7 @@ def write_run(folder: Path, *, evaluated: bool = True, steps: int = 40) -> Path:
 
 
 def evaluations() -> dict[str, dict[str, Any]]:
-    bins = [{"start": 2**k, "stop": 2 ** (k + 1), "count": k, "perplexity": 90.0 / (k + 1)} for k in range(8)]
+    bins = [{"start": 1 + 2**k // 2, "stop": 1 + 2**k, "count": k, "perplexity": 90.0 / (k + 1)} for k in range(8)]
     curve = [{"context": 2**k, "loss": 4.0 - k / 10} for k in range(4, 8)]
     cells = [
         {"length": length, "depth": depth, "choice_accuracy": 0.5, "greedy_accuracy": 0.25}
@@ -58,7 +58,7 @@ def evaluations() -> dict[str, dict[str, Any]]:
             "bins": bins, "perplexity": 23.456, "tokens": 12345, "bits_per_byte": 1.2345,
             "gain": {"targets": 64, "curve": curve},
         },
-        "needle": {"cells": cells, "chance": 0.1, "samples": 60, "choice_accuracy": 0.5},
+        "needle": {"cells": cells, "chance": 0.1, "samples": 60, "samples_per_cell": 10, "choice_accuracy": 0.5},
         "unigram": {"entropy": 6.54321},
     }  # fmt: skip
 
