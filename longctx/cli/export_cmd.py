@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longctx.model.decoder import CausalLM
@@ -43,9 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(folder: Path, model: "CausalLM") -> None:
+    import transformers
+
     from longctx.errors import CheckpointError
     from longctx.model.hf_check import TOLERANCE, compare_with_transformers
 
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
     difference = compare_with_transformers(model, folder)
     print(
         f"max abs difference of the logits to transformers' own class: {difference:.2e} (limit {TOLERANCE:.0e}, fp32)"

@@ -51,8 +51,8 @@ def save_hf(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "config.json", hf_config)
+        _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
         if tokenizer_dir is not None:
             export_tokenizer(Path(tokenizer_dir), partial)
@@ -91,6 +91,8 @@ def _write_weights(
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors = {to_hf_name(name): _exported(source, name, shapes[name], dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        # safetensors writes for the owner only; an export is as readable as its other files.
+        shutil.copymode(folder / "config.json", folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
     if len(plan) > 1:
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize

@@ -309,6 +309,7 @@ def test_exports_replace_only_exports(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
         save_hf(model, SMALL, precious / "thesis.txt" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(precious / "thesis.txt").stat().st_mode}
 
 
 def test_bf16_export(tmp_path: Path) -> None:
