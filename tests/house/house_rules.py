@@ -16,6 +16,7 @@ ORDER = (
     "data",
     "model.tokenizer_export",  # an exported folder holds a model and its tokenizer
     "model.hf_save",
+    "model.hf",
     "generate",
     "report.units",
     "report.terminal",  # how a step reads on a terminal; the trainer prints it
