@@ -162,6 +162,12 @@ def _leave() -> None:
             if name.startswith("_") and name.isupper() and not callable(value):
                 setattr(groups, name, {} if isinstance(value, dict) else None)
         groups.mesh_device = None
+        # Ranks that sat out an earlier call must number parameters like those that did not.
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
 
 
 def _free_port() -> int:

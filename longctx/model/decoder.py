@@ -189,5 +189,6 @@ def _layer(module: nn.Module) -> DecoderLayer:
 
 
 def _recomputed(function: Any, *args: Any) -> Any:
-    # early_stop would leave a module in the middle of its forward; ZeRO-3 frees gathered parameters at its end.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    # The other flavour repeats the forward in the middle of the backward, and ZeRO-3 then frees a module's parameters
+    # before their gradients arrive ("size of tensor a (0) must match ...").
+    return checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)

@@ -154,6 +154,8 @@ def deepspeed_settings(config: EngineConfig, train: Train, accumulation: int, pa
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": config.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": False,
+            # It would replace torch's linear for the whole process, and for good.
+            "memory_efficient_linear": False,
         },
     }  # fmt: skip
     if train.precision == "bf16":
