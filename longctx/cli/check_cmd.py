@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print ``ok`` and a summary. Raises ConfigError with one line per fault."""
-    from longctx.config.document import dotted, read_document
+    from longctx.config.check import describe
+    from longctx.config.document import read_document
     from longctx.config.load import dump_config, json_schema, validate
     from longctx.errors import ConfigError
 
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("\n".join(faults))
     model, problems = _inspect(config, args.world)
     if problems:
-        lines = [f"{document.where(problem.path)}: {dotted(problem.path)}: {problem.message}" for problem in problems]
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join(describe(document, problems)))
     if args.show:
         print(dump_config(config), end="")
         return 0

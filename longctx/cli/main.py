@@ -7,7 +7,6 @@ quick because heavy imports (torch, numpy, pydantic) belong inside ``run``.
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    chosen = argv[:1] if argv[:1] and argv[0] in COMMANDS else _available()
+    chosen = argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS
     modules = {name: _load(name) for name in chosen}
     parser = _build_parser(modules)
     args, rest = parser.parse_known_args(argv)
@@ -72,13 +71,5 @@ def _build_parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     return parser
 
 
-def _available() -> list[str]:
-    return [name for name in COMMANDS if importlib.util.find_spec(_module_name(name))]
-
-
-def _module_name(command: str) -> str:
-    return f"longctx.cli.{command}_cmd"
-
-
 def _load(command: str) -> ModuleType:
-    return importlib.import_module(_module_name(command))
+    return importlib.import_module(f"longctx.cli.{command}_cmd")

@@ -6,13 +6,14 @@ Every rule yields :class:`Problem`; all are collected, so that one run of ``long
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.config.document import KeyPath
+from longctx.config.document import Document, KeyPath, dotted, read_document
 from longctx.config.hf_folder import read_hf_json
+from longctx.config.load import validate
 from longctx.config.schema import Config, Model
 from longctx.errors import ConfigError
 
@@ -25,6 +26,26 @@ class Problem:
 
     path: KeyPath
     message: str
+
+
+def load_checked(path: str | Path, overrides: Sequence[str] = (), world: int | None = None) -> Config:
+    """Read a config that is fit to run on ``world`` ranks.
+
+    Raises:
+        ConfigError: one line per fault, of sections, across sections and against files, each with its origin.
+    """
+    document = read_document(path, overrides)
+    config, faults = validate(document)
+    if config is not None:
+        faults = describe(document, find_problems(config, world))
+    if config is None or faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def describe(document: Document, problems: Sequence[Problem]) -> list[str]:
+    """Each problem as one line: origin, key, sentence."""
+    return [f"{document.where(problem.path)}: {dotted(problem.path)}: {problem.message}" for problem in problems]
 
 
 def find_problems(config: Config, world: int | None = None) -> list[Problem]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from config_files import corpus, hf_folder, write_runnable
 
-from longctx.config.check import find_problems
+from longctx.config.check import find_problems, load_checked
 from longctx.config.load import load_config
 from longctx.config.schema import Config, Model
 from longctx.config.summary import count_parameters, summarize
+from longctx.errors import ConfigError
 
 
 def problems(folder: Path, *overrides: str, world: int | None = None) -> list[str]:
@@ -67,6 +68,19 @@ def test_each_fault_is_found(tmp_path: Path, override: str, says: str) -> None:
 def test_exact_limits_are_fine(tmp_path: Path) -> None:
     fine = ["train.schedule={kind: wsd, warmup: 6, decay: 4}", "sequence.length=1000", "model.vocab_size=300"]
     assert problems(tmp_path, *fine, "model.max_position_embeddings=1000", "sequence.degree=1000") == []
+
+
+def test_loading_checked_names_origins(tmp_path: Path) -> None:
+    file = write_runnable(tmp_path)
+    assert load_checked(file, ["sequence.degree=2"], 2).sequence.degree == 2
+    with pytest.raises(ConfigError) as caught:
+        load_checked(file, ["sequence.degree=3", "model.vocab_size=2"], 4)
+    assert [line.split(": ")[:2] for line in str(caught.value).splitlines()] == [
+        ["override 'model.vocab_size=2'", "model.vocab_size"],
+        ["override 'sequence.degree=3'", "sequence.degree"],
+    ]
+    with pytest.raises(ConfigError, match=r"train\.lrr is no valid key"):
+        load_checked(file, ["train.lrr=3"], 4)
 
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:

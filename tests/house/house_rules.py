@@ -26,6 +26,7 @@ ORDER = (
     "train",
     "eval",
     "report",
+    "demo",
     "cli",
     "__main__",
 )
