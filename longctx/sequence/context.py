@@ -43,8 +43,10 @@ class SequenceContext:
     @staticmethod
     def single(batch: int, length: int, documents: Documents | None = None) -> "SequenceContext":
         """Whole sequences on one rank; without ``documents`` each row is one document."""
+        if documents is not None and len(documents) != batch:
+            raise ValueError(f"documents of {len(documents)} rows for a batch of {batch} rows")
         layout = Layout(length, (((0, length),) if length else (),))
-        return SequenceContext(Group(0, (0,)), layout, documents or ((0,),) * batch)
+        return SequenceContext(Group(0, (0,)), layout, ((0,),) * batch if documents is None else documents)
 
     @property
     def batch(self) -> int:
@@ -73,7 +75,10 @@ class SequenceContext:
 
         Raises:
             UnsupportedError: the sequence is sharded or packed.
+            ValueError: ``new`` is negative.
         """
+        if new < 0:
+            raise ValueError(f"a sequence cannot be extended by {new} tokens")
         if self.degree > 1 or any(len(starts) > 1 for starts in self.documents):
             raise UnsupportedError("decoding continues one unsharded document per row; use degree 1, no packing")
         layout = Layout(self.length + new, (((self.length, self.length + new),),))

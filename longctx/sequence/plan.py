@@ -7,7 +7,7 @@ Every rank plans for all ranks, so senders and receivers agree without a message
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -58,20 +58,19 @@ class AttentionPlan:
     documents: Documents
     causal: bool = True
     window: int | None = None
+    _found: dict[tuple[int, int], tuple[Slice, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def degree(self) -> int:
         return self.keys.degree
 
     def slices(self, rank: int, source: int) -> tuple[Slice, ...]:
-        """Work of query rank ``rank`` on the keys of rank ``source``."""
-        found: list[Slice] = []
-        keys = self._key_pieces[source]
-        for document, q_pieces in self._query_pieces[rank].items():
-            for q in q_pieces:
-                for k in keys.get(document, ()):
-                    found.extend(_moved(s, q, k) for s in self._band(q, k))
-        return tuple(_coalesced(found))
+        """Work of query rank ``rank`` on the keys of rank ``source``; found once, then shared by all layers."""
+        if (rank, source) not in self._found:
+            self._found[rank, source] = tuple(_coalesced(list(self._uncoalesced(rank, source))))
+        return self._found[rank, source]
 
     def needs(self, rank: int, source: int) -> bool:
         """Whether ``rank`` has any work on the keys of ``source``."""
@@ -96,6 +95,13 @@ class AttentionPlan:
     def hops(self) -> int:
         """Ring steps in which any block moves."""
         return max(self.last_hop)
+
+    def _uncoalesced(self, rank: int, source: int) -> Iterator[Slice]:
+        keys = self._key_pieces[source]
+        for document, q_pieces in self._query_pieces[rank].items():
+            for q in q_pieces:
+                for k in keys.get(document, ()):
+                    yield from (_moved(s, q, k) for s in self._band(q, k))
 
     def _band(self, q: Piece, k: Piece) -> Iterator[Slice]:
         return band(q.start, q.stop, k.start, k.stop, self.causal, self.window)
