@@ -1,0 +1,1 @@
+"""The demonstration: every room of longctx, once, on this machine."""
