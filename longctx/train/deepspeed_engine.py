@@ -4,9 +4,11 @@ DeepSpeed is not told about sequence groups, because its stages disagree there a
 the accumulation, because that assumes equal label counts. Its optimizer is our own AdamW, which can sit out a step.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import Any, cast
 
 import torch
@@ -34,10 +36,16 @@ class DeepSpeedEngine:
         self._zero, self._train = config.zero, train
         self._optimizer = build_optimizer(model.named_parameters(), train)
         settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
-        self._engine: Any = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
-        )[0]
+        full = {name: p.detach() for name, p in model.named_parameters()}
+        # Stage 0 in bf16 takes an update while it is built, which would decay the weights and count as a step.
+        self._optimizer.held = True
+        with redirect_stdout(io.StringIO()):  # memory reports of its BF16 optimizer
+            self._engine: Any = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
+            )[0]
+        self._optimizer.held = False
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
+        self._start(full)
 
     @property
     def module(self) -> nn.Module:
@@ -91,6 +99,14 @@ class DeepSpeedEngine:
         for tensor in self._optimized():
             self._optimizer.prepare_state(tensor, updates)
 
+    def _start(self, full: dict[str, torch.Tensor]) -> None:
+        """Give every parameter moments, and the weights it had before DeepSpeed cast them to bf16 and back."""
+        self.prepare_state(0)
+        with torch.no_grad():
+            for fragment in self.fragments():
+                part = full[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
+                fragment.weight.copy_(part)
+
     @property
     def _plain(self) -> bool:
         """Whether our optimizer works on the model's own parameters (no ZeRO, no copies in another precision)."""
@@ -112,8 +128,8 @@ class DeepSpeedEngine:
         inner = self._engine.optimizer
         for low, full in zip(inner.fp16_groups, inner.fp32_groups, strict=True):
             for parameter, copy in zip(low, full, strict=True):
-                state = self._optimizer.state.get(copy, {})
-                moments = {key: state[key].view(-1) for key in MOMENTS if key in state}
+                state = self._optimizer.state[copy]
+                moments = {key: state[key].view(-1) for key in MOMENTS}
                 yield Fragment(self._names[id(parameter)], parameter.shape, 0, copy.detach().view(-1), moments)
 
     def _fragments_of_stage_1_and_2(self) -> Iterator[Fragment]:
@@ -125,21 +141,20 @@ class DeepSpeedEngine:
                 yield Fragment(name, parameter.shape, 0, nothing, dict.fromkeys(MOMENTS, nothing))
                 continue
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-            state = self._optimizer.state.get(flats[mapping.param_group_index], {})
-            moments = {key: state[key].narrow(0, high.start, high.numel) for key in MOMENTS if key in state}
+            state = self._optimizer.state[flats[mapping.param_group_index]]
+            moments = {key: state[key].narrow(0, high.start, high.numel) for key in MOMENTS}
             yield Fragment(name, parameter.shape, low.start, mapping.hp_fragment.detach(), moments)
 
     def _fragments_of_stage_3(self) -> Iterator[Fragment]:
+        inner = self._engine.optimizer
         for name, parameter in self.module.named_parameters():
-            inner = parameter._z3_optimizer  # type: ignore[attr-defined]
-            weight = inner.get_local_fp32_param(parameter)
-            start = weight.numel() * torch.distributed.get_rank()
-            numel = max(0, min(weight.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]
-            moments = {}
-            if self._optimizer.state:
-                moments = {key: inner.get_local_fp32_param(parameter, key)[:numel] for key in MOMENTS}
-            shape = parameter.ds_shape  # type: ignore[attr-defined]
-            yield Fragment(name, shape, min(start, parameter.ds_numel), weight[:numel].detach(), moments)  # type: ignore[attr-defined]
+            shape, total = parameter.ds_shape, parameter.ds_numel  # type: ignore[attr-defined]
+            group, offset, padded = inner.grad_position[inner.get_param_id(parameter)]
+            start = min(padded * torch.distributed.get_rank(), total)
+            flat = self._optimized()[group]
+            numel = min(padded, total - start)  # the last partitions end in padding
+            moments = {key: self._optimizer.state[flat][key].narrow(0, offset, numel) for key in MOMENTS}
+            yield Fragment(name, shape, start, flat.detach().narrow(0, offset, numel), moments)
 
 
 def deepspeed_settings(config: EngineConfig, train: Train, accumulation: int, parameters: int) -> dict[str, Any]:
@@ -159,7 +174,7 @@ def deepspeed_settings(config: EngineConfig, train: Train, accumulation: int, pa
         },
     }  # fmt: skip
     if train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["communication_data_type"] = "fp32"
         if config.zero:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}

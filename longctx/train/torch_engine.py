@@ -23,6 +23,7 @@ class TorchEngine:
     def __init__(self, model: CausalLM, train: Train, mesh: Mesh) -> None:
         self._model, self._train, self._mesh = model.to(mesh.device), train, mesh
         self._optimizer = build_optimizer(model.named_parameters(), train)
+        self.prepare_state(0)
 
     @property
     def module(self) -> nn.Module:
@@ -80,6 +81,5 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 def replicated_fragments(model: nn.Module, state: dict[torch.Tensor, dict[str, torch.Tensor]]) -> Iterator[Fragment]:
     """Whole fragments of a model whose optimizer works on the parameters themselves."""
     for name, parameter in model.named_parameters():
-        held = state.get(parameter, {})
-        moments = {key: held[key].view(-1) for key in MOMENTS if key in held}
+        moments = {key: state[parameter][key].view(-1) for key in MOMENTS}
         yield Fragment(name, parameter.shape, 0, parameter.detach().view(-1), moments)
