@@ -34,6 +34,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., D]; the result has the dtype of ``x``, times the weight."""
+        # The view joins the two gradients of x before they meet others, so that recomputation adds in the same order.
+        x = x.view_as(x)
         precise = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (precise * scale).to(x.dtype)
