@@ -28,10 +28,13 @@ def attention(
         out_BTHE in the dtype of q. Accumulates in fp32 (fp64 for fp64).
 
     Raises:
-        UnsupportedError: head counts, dtypes or devices that no kernel takes.
+        UnsupportedError: head counts or sizes, windows, dtypes or devices that no kernel takes.
         ValueError: shapes that do not fit the context.
     """
     batch, rows, heads, head_dim = q_BTHE.shape
+    if window is not None and window < 1:
+        raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
+    _check_tensors(q_BTHE, k_BTKE, v_BTKE)
     plan = context.plan(causal, window)
     keys = plan.keys.sizes[context.rank]
     if (batch, rows) != (context.batch, context.local_length) or k_BTKE.shape[:2] != (batch, keys):
@@ -39,17 +42,25 @@ def attention(
             f"queries {tuple(q_BTHE.shape)} and keys {tuple(k_BTKE.shape)} do not fit a context of {context.batch} x "
             f"{context.local_length} local queries and {keys} local keys"
         )
-    if heads % k_BTKE.shape[2] or v_BTKE.shape != k_BTKE.shape:
+    kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype)
+    kernel.check(q_BTHE.dtype, head_dim)
+    call = RingCall(plan, context.group, context.ledger, kernel, head_dim**-0.5 if scale is None else scale)
+    q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
+    out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, call)  # type: ignore[no-untyped-call]
+    return out_NHE.view(batch, rows, heads, head_dim)
+
+
+def _check_tensors(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> None:
+    heads, kv_heads = q_BTHE.shape[2], k_BTKE.shape[2]
+    if not kv_heads or heads % kv_heads or v_BTKE.shape != k_BTKE.shape:
         raise UnsupportedError(
             f"{heads} query heads over keys {tuple(k_BTKE.shape)} and values {tuple(v_BTKE.shape)}: "
             "query heads must be a multiple of kv heads, and keys and values of one shape"
         )
-    if window is not None and window < 1:
-        raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
-    call = RingCall(
-        plan, context.group, context.ledger, kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype),
-        head_dim**-0.5 if scale is None else scale,
-    )  # fmt: skip
-    q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-    out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, call)  # type: ignore[no-untyped-call]
-    return out_NHE.view(batch, rows, heads, head_dim)
+    if q_BTHE.shape[3] != k_BTKE.shape[3]:
+        raise UnsupportedError(
+            f"queries of head size {q_BTHE.shape[3]} over keys of head size {k_BTKE.shape[3]}; use one head size"
+        )
+    if not q_BTHE.dtype == k_BTKE.dtype == v_BTKE.dtype:
+        dtypes = f"{q_BTHE.dtype}, {k_BTKE.dtype} and {v_BTKE.dtype}"
+        raise UnsupportedError(f"queries, keys and values are {dtypes}; convert them to one dtype")

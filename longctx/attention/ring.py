@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longctx.attention.kernels import Kernel
 from longctx.attention.local import Partial, gradients
@@ -58,6 +59,7 @@ class RingAttention(torch.autograd.Function):
         return out_NHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors

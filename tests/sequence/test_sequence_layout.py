@@ -1,5 +1,7 @@
 """Layouts: every token on exactly one rank, evenly, with balanced causal work, at any length."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -29,7 +31,7 @@ def test_runs_are_ascending_disjoint_and_maximal(name: str, length: int, degree:
         assert len(runs) <= 2
         assert all(0 <= start < stop <= length for start, stop in runs)
         # Strictly apart: neighbouring runs are one run.
-        assert all(a[1] < b[0] for a, b in zip(runs, runs[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in pairwise(runs))
 
 
 @given(lengths, degrees)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from longctx.errors import UnsupportedError
 from longctx.sequence.plan import Mask
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -33,12 +34,29 @@ class Backward(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend: its name, the dtypes it takes, and its two functions."""
+    """A backend: its name, the dtypes and head sizes it takes, and its two functions."""
 
     name: str
     dtypes: frozenset[torch.dtype]
     forward: Forward
     backward: Backward
+    head_multiple: int = 1
+    head_limit: int | None = None
+
+    def check(self, dtype: torch.dtype, head_dim: int) -> None:
+        """Refuse what this kernel does not take.
+
+        Raises:
+            UnsupportedError: the dtype or the head size.
+        """
+        if dtype not in self.dtypes:
+            taken = ", ".join(sorted(str(d) for d in self.dtypes))
+            raise UnsupportedError(f"the {self.name} kernel does not take {dtype}; use one of {taken}")
+        if head_dim % self.head_multiple or (self.head_limit and head_dim > self.head_limit):
+            raise UnsupportedError(
+                f"the {self.name} kernel does not take a head size of {head_dim}; use a multiple of "
+                f"{self.head_multiple}" + (f" up to {self.head_limit}" if self.head_limit else "")
+            )
 
 
 def flipped(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -43,4 +43,6 @@ def backward(
     return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
 
 
-CUDA_FLASH = Kernel("cuda_flash", frozenset({torch.bfloat16, torch.float16}), forward, backward)
+CUDA_FLASH = Kernel(
+    "cuda_flash", frozenset({torch.bfloat16, torch.float16}), forward, backward, head_multiple=8, head_limit=256
+)
