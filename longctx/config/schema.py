@@ -68,6 +68,7 @@ class Model(Section):
     head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_heads")
     intermediate_size: Count | None = Field(None, description="default: 8/3 hidden_size, rounded up to 64")
     max_position_embeddings: Count | None = Field(None, description="default: sequence.length")
+    mixer: str = Field("softmax", description="sequence mixer of every layer, by its name in longctx.mixers.MIXERS")
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -183,11 +184,29 @@ class Engine(Section):
     @model_validator(mode="after")
     def _ours(self) -> "Engine":
         taken = sorted(set(self.options) & _OWNED_BY_LONGCTX)
+        inner = self.options.get("zero_optimization", {})
+        if not isinstance(inner, dict):
+            raise ValueError("options.zero_optimization should be a section")
+        taken += [f"zero_optimization.{key}" for key in sorted(set(inner) & {"stage", "compute_grad_norm"})]
         if taken:
             raise ValueError(
                 f"options may not set {', '.join(taken)}: longctx derives them from the rest of the config"
             )
+        lost = sorted(set(inner) & {"mics_shard_size", "zero_hpz_partition_size"})
+        lost += [key for key in _OFFLOADS if _device_of(inner.get(key)) == "nvme"]
+        if lost:
+            raise ValueError(
+                f"options.zero_optimization may not use {', '.join(lost)}: checkpoints could not read the state it "
+                "places; leave it out or offload to cpu"
+            )
         return self
+
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+def _device_of(offload: Any) -> Any:
+    return offload.get("device") if isinstance(offload, dict) else None
 
 
 _OWNED_BY_LONGCTX = {

@@ -51,11 +51,11 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """One pre-norm layer. With ``recompute`` all but the mixing along the sequence runs again in the backward."""
 
-    def __init__(self, config: Model, layer: int, mixer: str = "softmax", recompute: bool = False) -> None:
+    def __init__(self, config: Model, layer: int, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[mixer](config, layer)
+        self.mixer = MIXERS[config.mixer](config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -88,13 +88,15 @@ class CausalLM(nn.Module):
         seed: initialise the weights from this seed; None leaves them uninitialised (they are about to be loaded).
 
     Raises:
-        ConfigError: ``vocab_size`` is missing.
+        ConfigError: ``vocab_size`` is missing or ``mixer`` is not registered.
     """
 
     def __init__(self, config: Model, *, recompute: bool = False, seed: int | None = 0) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is not set and no tokenizer has filled it in; set model.vocab_size")
+        if config.mixer not in MIXERS:
+            raise ConfigError(f"model.mixer = {config.mixer!r} is not registered; choose from {', '.join(MIXERS)}")
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(

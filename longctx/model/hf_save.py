@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx.config.schema import Model
-from longctx.errors import CheckpointError
+from longctx.errors import CheckpointError, ConfigError
 from longctx.model.decoder import CausalLM, parameter_shapes
 from longctx.model.families import to_hf_config, to_hf_name
 from longctx.model.tokenizer_export import export_tokenizer
@@ -43,6 +43,8 @@ def save_hf(
         CheckpointError: the folder exists or cannot be written, or a parameter is missing or of another shape.
         DataError: the tokenizer cannot be read or converted.
     """
+    if config.mixer != "softmax":
+        raise ConfigError(f"model.mixer = {config.mixer!r} has no place in a {config.family} folder; only softmax exports")
     folder = Path(folder)
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype

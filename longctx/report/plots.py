@@ -90,7 +90,7 @@ def perplexity(results: Mapping[str, Any], path: Path, theme: Theme) -> None:
         axes.stairs(values, edges, color=theme.primary, linewidth=2.0, baseline=None)
         centres = [math.sqrt(left * right) for left, right in pairwise(edges)]
         axes.plot(centres, values, color=theme.primary, marker="o", markersize=4, linestyle="none")
-        mark_reference(axes, results["perplexity"], f"all held-out tokens {results['perplexity']:.2f}", theme)
+        mark_reference(axes, results["perplexity"], f"all held-out tokens {results['perplexity']:.2f}", theme, "left")
         _plain_log(axes)
         label_end(axes, edges[-1], values[-1], f"{values[-1]:.2f}", theme.primary)
         _context_axis(axes, edges[0], edges[-1])

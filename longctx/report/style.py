@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -68,12 +68,12 @@ def label_end(axes: Axes, x: float, y: float, text: str, color: str, *, dy: floa
     )
 
 
-def mark_reference(axes: Axes, y: float, text: str, theme: Theme) -> None:
-    """A dashed horizontal line with its meaning written above it, at the right, where curves have left it."""
+def mark_reference(axes: Axes, y: float, text: str, theme: Theme, side: Literal["left", "right"] = "right") -> None:
+    """A dashed horizontal line with its meaning written above it, on the side that the curve leaves free."""
     axes.axhline(y, color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1.5)
     axes.annotate(
-        text, (1, y), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=theme.muted,
-        fontsize=9, va="bottom", ha="right", path_effects=_halo(theme),
+        text, (float(side == "right"), y), (-4 if side == "right" else 4, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", color=theme.muted, fontsize=9, va="bottom", ha=side, path_effects=_halo(theme),
     )  # fmt: skip
 
 
