@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ValidationError
 
 from longctx.checkpoint.format import list_checkpoints, read_json
 from longctx.checkpoint.load import load_weights
@@ -40,8 +41,18 @@ def checkpoint_of(path: Path) -> Path | None:
 
 
 def read_model_config(checkpoint: Path) -> Model:
-    """The resolved model section stored with a checkpoint."""
-    return Model.model_validate(read_json(checkpoint / "model.json"))
+    """The resolved model section stored with a checkpoint.
+
+    Raises:
+        CheckpointError: model.json is missing or damaged.
+    """
+    file = checkpoint / "model.json"
+    try:
+        return Model.model_validate(read_json(file))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"])) or "the whole"
+        raise CheckpointError(f"{file} is no model section ({key}: {fault['msg']}); use another checkpoint") from None
 
 
 def open_model(

@@ -1,17 +1,18 @@
 """Reading a checkpoint back into a model and an engine of any ZeRO stage and world size."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longctx.checkpoint.format import VERSION, WEIGHTS, read_json
+from longctx.checkpoint.format import RNG_FILE, VERSION, WEIGHTS, read_json, rng_name, rng_states
 from longctx.errors import CheckpointError
 from longctx.runtime.mesh import Mesh
 from longctx.train.engine import Engine
 from longctx.train.optimizer import MOMENTS
+
+_COUNTS = ("step", "tokens", "nonfinite", "updates")
 
 
 class TensorSet:
@@ -67,18 +68,28 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json says: step, tokens, data cursor, optimizer updates."""
+    """What state.json says: step, tokens, data cursor, optimizer updates.
+
+    Raises:
+        CheckpointError: the file is damaged or of another format version.
+    """
     state = read_json(checkpoint / "state.json")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{checkpoint} has format version {state.get('version')}, this longctx reads {VERSION}")
-    found: dict[str, Any] = state
-    return found
+    wrong = [key for key in _COUNTS if not isinstance(state.get(key), int)]
+    if wrong or not isinstance(state.get("corpora"), list):
+        missing = wrong[0] if wrong else "corpora"
+        raise CheckpointError(f"{checkpoint}/state.json has no {missing}; the checkpoint is damaged, use another")
+    return state
 
 
 def restore_engine(checkpoint: Path, engine: Engine, updates: int) -> None:
     """Write full-precision weights and moments into the engine's fragments.
 
     The model was built with :func:`load_weights` before the engine, so low-precision copies are right already.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     engine.prepare_state(updates)
     sets = {kind: TensorSet(checkpoint, kind) for kind in (WEIGHTS, *MOMENTS)}
@@ -90,17 +101,21 @@ def restore_engine(checkpoint: Path, engine: Engine, updates: int) -> None:
 
 
 def restore_rng(checkpoint: Path, mesh: Mesh, seed: int, step: int) -> None:
-    """Give each rank the random-number state it had, or one derived from (seed, step, rank) if it had none."""
-    with safe_open(str(checkpoint / "rng.safetensors"), framework="pt") as file:
-        name = f"rank{mesh.world.rank}"
-        if name in file.keys():  # noqa: SIM118  (safe_open objects are no mappings)
-            torch.set_rng_state(file.get_tensor(name))
-        else:
-            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + mesh.world.rank)
+    """Give each rank the random-number states it had, or ones derived from (seed, step, rank) if it had none.
 
-
-def iterate_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by name, one at a time."""
-    weights = TensorSet(checkpoint, WEIGHTS)
-    for name, shape in shapes.items():
-        yield name, weights.read(name, shape)
+    Raises:
+        CheckpointError: the states are missing or damaged.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + mesh.world.rank)
+    file = checkpoint / RNG_FILE
+    try:
+        with safe_open(str(file), framework="pt") as states:
+            names = set(states.keys())
+            for kind in rng_states(mesh.device):
+                name = rng_name(mesh.world.rank, kind)
+                if name in names and kind == "cpu":
+                    torch.set_rng_state(states.get_tensor(name))
+                elif name in names:
+                    torch.cuda.set_rng_state(states.get_tensor(name), mesh.device)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{file} is missing or damaged ({error}); use another checkpoint") from error

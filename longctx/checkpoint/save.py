@@ -9,16 +9,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from longctx.checkpoint.format import VERSION, WEIGHTS, checkpoint_folder, list_checkpoints
+from longctx.checkpoint.format import (
+    RNG_FILE,
+    VERSION,
+    WEIGHTS,
+    checkpoint_folder,
+    list_checkpoints,
+    rng_name,
+    rng_states,
+)  # fmt: skip
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError
+from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.train.engine import Engine, Fragment
 from longctx.train.optimizer import MOMENTS
 
 SHARD_BYTES = 4 * 2**30
+# safetensors reports a full disk as an error of its own.
+Failure = OSError | SafetensorError
 
 
 def save_checkpoint(
@@ -29,11 +41,11 @@ def save_checkpoint(
     At most one parameter and one file's worth of tensors are held besides the training state.
 
     Raises:
-        CheckpointError: the folder cannot be written; said on every rank.
+        CheckpointError: the folder cannot be written (FailedElsewhere on all ranks but the first).
     """
     folder = checkpoint_folder(run, int(state["step"]))
     partial = folder.with_name(f".writing-{folder.name}")
-    failure: OSError | None = None
+    failure: Failure | None = None
     index: dict[str, dict[str, str]] = {}
     if mesh.is_first:
         failure = _attempt(lambda: _fresh(partial))
@@ -49,18 +61,26 @@ def save_checkpoint(
     if mesh.is_first and failure is None:
         facts = {"version": VERSION, "updates": engine.updates, **state}
         failure = _attempt(lambda: _finish(partial, folder, index, rng, facts, model, tokenizer))
-    _raise_everywhere(failure, folder, mesh)
+    agree(mesh, lambda: _check(failure, f"cannot write the checkpoint {folder}"))
     return folder
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and what interrupted saves left behind."""
+def prune(run: Path, keep: int, mesh: Mesh) -> None:
+    """Remove all but the newest ``keep`` checkpoints and what interrupted saves left behind; collective.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be removed (FailedElsewhere on all ranks but the first).
+    """
+    failure = _attempt(lambda: _prune(run, keep)) if mesh.is_first else None
+    agree(mesh, lambda: _check(failure, f"cannot remove old checkpoints in {run}/checkpoints"))
+
+
+def _prune(run: Path, keep: int) -> None:
     for old in list_checkpoints(run)[:-keep]:
         # Rename first: a half-deleted folder must not look like a checkpoint.
-        doomed = old.with_name(f".removing-{old.name}")
-        old.rename(doomed)
+        old.rename(old.with_name(f".removing-{old.name}"))
     for left in (run / "checkpoints").glob(".*-step-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left)
 
 
 def _selectors() -> list[tuple[str, Callable[[Fragment], torch.Tensor]]]:
@@ -105,28 +125,27 @@ class _ShardWriter:
         if not self._held:
             return
         file = f"{self._prefix}-{self._count:05d}.safetensors"
-        save_file(self._held, str(self._folder / file))
+        _write_tensors(self._held, self._folder / file)
         self.files.update(dict.fromkeys(self._held, file))
         self._held, self._bytes, self._count = {}, 0, self._count + 1
 
 
 def _gathered_rng(mesh: Mesh) -> dict[str, torch.Tensor]:
-    mine = torch.get_rng_state()
-    states = [torch.empty_like(mine) for _ in range(mesh.world.size)]
-    if mesh.world.size == 1:
-        states = [mine]
-    else:
+    """The random-number states of every rank by name, on every rank."""
+    states = {}
+    for kind, mine in rng_states(mesh.device).items():
         everyone = torch.zeros(mesh.world.size, mine.numel(), dtype=torch.uint8, device=mesh.device)
         everyone[mesh.world.rank] = mine.to(mesh.device)
-        states = list(mesh.all_reduce(everyone).cpu())
-    return {f"rank{rank}": state.clone() for rank, state in enumerate(states)}
+        for rank, state in enumerate(mesh.all_reduce(everyone).cpu()):
+            states[rng_name(rank, kind)] = state.clone()
+    return states
 
 
 def _finish(
     partial: Path, folder: Path, index: dict[str, dict[str, str]], rng: dict[str, torch.Tensor], facts: dict[str, Any],
     model: Model, tokenizer: Path | None,
 ) -> None:  # fmt: skip
-    save_file(rng, str(partial / "rng.safetensors"))
+    _write_tensors(rng, partial / RNG_FILE)
     (partial / "model.json").write_text(model.model_dump_json(indent=1), encoding="utf-8")
     (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     (partial / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -143,19 +162,22 @@ def _fresh(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _attempt(action: Callable[[], None]) -> OSError | None:
+def _write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file(tensors, str(file))
+    # safetensors makes files for the owner only; these are as readable as their folder, which follows the umask.
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def _attempt(action: Callable[[], None]) -> Failure | None:
     """Only the first rank writes; it must not leave the others waiting in a collective when the disk is full."""
     try:
         action()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         return error
     return None
 
 
-def _raise_everywhere(failure: OSError | None, folder: Path, mesh: Mesh) -> None:
-    flag = torch.tensor([0 if failure is None else 1], device=mesh.device)
-    if int(mesh.all_reduce(flag)[0]):
-        reason = failure.strerror if failure is not None else "the first rank could not write it"
-        raise CheckpointError(
-            f"cannot write the checkpoint {folder}: {reason}; free space or choose another `run` folder"
-        )
+def _check(failure: Failure | None, what: str) -> None:
+    if failure is not None:
+        reason = getattr(failure, "strerror", None) or failure
+        raise CheckpointError(f"{what}: {reason}; free space, fix permissions or choose another `run` folder")

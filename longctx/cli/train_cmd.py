@@ -1,8 +1,13 @@
 """``longctx train``: train, or go on from the newest checkpoint in the run folder."""
 
 import argparse
+import typing
 
 from longctx.cli.options import add_config_arguments
+
+if typing.TYPE_CHECKING:
+    from longctx.config.schema import Config
+    from longctx.runtime.launcher import Launch
 
 HELP = "train a model, or continue the run in its folder"
 
@@ -15,40 +20,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """One process of the run; a launcher starts as many as there are ranks. Raises LongctxError for bad input."""
     from longctx.config.load import load_config
-    from longctx.errors import ConfigError, LaunchError
+    from longctx.errors import ConfigError
     from longctx.runtime.launcher import read_launch
 
     launch = read_launch()
     try:
         config = load_config(args.config, args.overrides)
         check_config(config, launch.world)
+        _check_device(config, launch)
     except ConfigError:
-        if launch.rank == 0:
+        # Every rank finds the same faults; one per node says them, since nodes may hold different files.
+        if launch.local_rank == 0:
             raise
         return 2
+    return _train(config, launch)
+
+
+def _check_device(config: "Config", launch: "Launch") -> None:
+    from longctx.runtime.process import choose_device
+
+    choose_device(config.runtime, launch)
+
+
+def _train(config: "Config", launch: "Launch") -> int:
+    from longctx.runtime.agreement import FailedElsewhere
     from longctx.runtime.process import joined_world
-    from longctx.train.setup import FailedElsewhere, build_trainer
+    from longctx.train.setup import build_trainer
+    from longctx.train.trainer import TrainingFailed
 
     try:
         with joined_world(config.runtime, config.sequence.degree) as mesh:
             build_trainer(config, mesh).run()
     except FailedElsewhere:
         return 2
-    except LaunchError:
+    except TrainingFailed:
         if launch.rank == 0:
             raise
         return 2
     return 0
 
 
-def check_config(config: object, world: int) -> None:
+def check_config(config: "Config", world: int) -> None:
     """Raise ConfigError with every problem ``longctx check --world N`` would report."""
     from longctx.config.check import find_problems
     from longctx.config.document import dotted
-    from longctx.config.schema import Config
     from longctx.errors import ConfigError
 
-    assert isinstance(config, Config)
     problems = find_problems(config, world)
     if problems:
         raise ConfigError("\n".join(f"{dotted(p.path)}: {p.message}" for p in problems))

@@ -16,18 +16,38 @@ from longctx.runtime.mesh import Mesh, build_mesh
 
 @contextmanager
 def joined_world(runtime: Runtime, sequence_degree: int) -> Iterator[Mesh]:
-    """Join the world this process was launched into, build the mesh, and leave the world at the end."""
+    """Join the world this process was launched into, build the mesh, and leave the world at the end.
+
+    Raises:
+        ConfigError, LaunchError: the world cannot be joined, or another rank is lost while it lasts.
+    """
     launch = read_launch()
-    device = _device(runtime, launch)
+    device = choose_device(runtime, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
     _join(launch, device, runtime.timeout)
     try:
         yield build_mesh(sequence_degree, device, runtime.timeout)
+    except RuntimeError as error:
+        # gloo has no error type of its own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LaunchError(
+            f"rank {launch.rank} lost the other ranks ({_first_sentence(error)}); see what the first one to stop "
+            "says, then start the same command again to go on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 
 
-def _device(runtime: Runtime, launch: Launch) -> torch.device:
+def choose_device(runtime: Runtime, launch: Launch) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ConfigError: the config asks for CUDA where there is none.
+        LaunchError: there are fewer GPUs than processes on this node.
+    """
     kind = runtime.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +60,6 @@ def _device(runtime: Runtime, launch: Launch) -> torch.device:
             f"local rank {launch.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
             "start at most one process per GPU"
         )
-    torch.cuda.set_device(launch.local_rank)
     return torch.device("cuda", launch.local_rank)
 
 
@@ -63,5 +82,9 @@ def _join(launch: Launch, device: torch.device, timeout_s: int) -> None:
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         raise LaunchError(
             f"rank {launch.rank} of {launch.world} ({launch.launcher}) could not meet the others at "
-            f"{launch.address}:{launch.port} within {timeout_s} s: {str(error).splitlines()[0]}"
+            f"{launch.address}:{launch.port} within {timeout_s} s: {_first_sentence(error)}"
         ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". ")[0]

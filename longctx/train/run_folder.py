@@ -6,6 +6,7 @@ from longctx.config.load import dump_config, load_config
 from longctx.config.schema import Config
 from longctx.errors import ConfigError
 
+STORED = "config.yaml"
 # What may change between a run and its continuation without changing what is learned.
 _FREE = {
     "sequence": {"degree", "layout", "scheme"},
@@ -15,14 +16,14 @@ _FREE = {
 _FREE_SECTIONS = {"run", "engine", "checkpoint", "runtime", "track"}
 
 
-def claim_run_folder(config: Config) -> None:
-    """Create ``config.run`` and store the resolved config there, or check that it holds the same run.
+def check_run_folder(config: Config) -> None:
+    """Refuse a folder that this run may not use; touches nothing.
 
     Raises:
-        ConfigError: the folder cannot be written, holds another run, or holds something that is no run.
+        ConfigError: ``config.run`` holds another run, or something that is no run.
     """
     run = config.run
-    stored = run / "config.yaml"
+    stored = run / STORED
     if stored.is_file():
         changed = differing_keys(load_config(stored), config)
         if changed:
@@ -32,11 +33,22 @@ def claim_run_folder(config: Config) -> None:
             )
     elif run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"run: {run} is not empty and holds no run of longctx; choose another `run` folder")
+
+
+def claim_run_folder(config: Config) -> None:
+    """Create ``config.run`` and store the resolved config there.
+
+    Raises:
+        ConfigError: as :func:`check_run_folder`, or the folder cannot be written.
+    """
+    check_run_folder(config)
+    run = config.run
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        partial = run / ".config.yaml.writing"
+        run.mkdir(parents=True, exist_ok=True)
+        partial = run / f".{STORED}.writing"
         partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(stored)
+        partial.replace(run / STORED)
+        (run / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run: {run} cannot be written ({error.strerror}); choose another `run` folder") from error
 

@@ -1,33 +1,28 @@
 """From a config and a mesh to a trainer that is ready to run or to go on; collective over the world."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from longctx.checkpoint.format import list_checkpoints
+from longctx.checkpoint.format import checkpoint_folder, list_checkpoints
 from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
 from longctx.config.schema import Config, Model
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.rows import Rows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
-from longctx.errors import CheckpointError, ConfigError, DataError, LongctxError
+from longctx.errors import CheckpointError, ConfigError, DataError
 from longctx.model.decoder import CausalLM
+from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
+from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.train.callbacks import Checkpoints, MetricsFile, StepLine, TensorBoard, Validation, Wandb
 from longctx.train.deepspeed_engine import DeepSpeedEngine
 from longctx.train.engine import Engine
-from longctx.train.run_folder import claim_run_folder
+from longctx.train.run_folder import check_run_folder, claim_run_folder
 from longctx.train.torch_engine import TorchEngine
 from longctx.train.trainer import Callback, Progress, Trainer
-
-T = TypeVar("T")
-
-
-class FailedElsewhere(LongctxError):
-    """Another rank met bad input and says what it was; this one only stops."""
 
 
 def build_trainer(config: Config, mesh: Mesh) -> Trainer:
@@ -36,44 +31,27 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
     Raises:
         LongctxError: bad input; raised on every rank, so that none waits for another.
     """
-    agree(mesh, lambda: claim_run_folder(config) if mesh.is_first else None)
+    agree(mesh, lambda: check_run_folder(config) if mesh.is_first else None)
     corpora = agree(mesh, lambda: _open(config, mesh, "train"))
     tokenizer = agree(mesh, lambda: _tokenizer(config, corpora))
     rows = agree(mesh, lambda: _rows(config, corpora, shuffle=True))
     model_config = agree(mesh, lambda: resolve_model(config, tokenizer))
-    checkpoints = list_checkpoints(config.run)
-    latest = checkpoints[-1] if checkpoints else None
+    agree(mesh, lambda: check_exportable(model_config))
+    latest = agree(mesh, lambda: _latest(config.run, mesh))
     state = agree(mesh, lambda: _state(latest, corpora)) if latest else None
     model = agree(mesh, lambda: build_model(config, model_config, latest))
     engine = agree(mesh, lambda: build_engine(config, model, mesh))
     progress = Progress()
     if latest is not None and state is not None:
         agree(mesh, lambda: restore_engine(latest, engine, int(state["updates"])))
-        restore_rng(latest, mesh, config.train.seed, int(state["step"]))
+        agree(mesh, lambda: restore_rng(latest, mesh, config.train.seed, int(state["step"])))
         progress = Progress(int(state["step"]), int(state["tokens"]), int(state["nonfinite"]))
     else:
         torch.manual_seed(config.train.seed * 65_537 + mesh.world.rank)
+    # Last, so that a run refused above leaves nothing behind.
+    agree(mesh, lambda: claim_run_folder(config) if mesh.is_first else None)
     callbacks = agree(mesh, lambda: _callbacks(config, mesh, corpora, tokenizer))
     return Trainer(config, model_config, mesh, engine, rows, callbacks, progress)
-
-
-def agree(mesh: Mesh, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it fails with bad input on any, raise on all."""
-    failure: LongctxError | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except LongctxError as error:
-        failure = error
-    failed = torch.zeros(mesh.world.size, dtype=torch.int64, device=mesh.device)
-    failed[mesh.world.rank] = failure is not None
-    ranks = mesh.all_reduce(failed).nonzero().flatten().tolist()
-    if not ranks:
-        return result  # type: ignore[return-value]
-    # One rank speaks for all that failed.
-    if failure is not None and mesh.world.rank == ranks[0]:
-        raise failure
-    raise FailedElsewhere(f"rank {ranks[0]} stopped the run")
 
 
 def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
@@ -159,6 +137,26 @@ def _tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
 def _rows(config: Config, corpora: list[Corpus], *, shuffle: bool) -> Rows:
     sources = list(zip(corpora, config.data.sources, strict=True))
     return Rows(sources, config.sequence.length, config.data.seed, shuffle=shuffle)
+
+
+def _latest(run: Path, mesh: Mesh) -> Path | None:
+    """The newest checkpoint as the first rank sees it.
+
+    Raises:
+        ConfigError: this rank does not see it, so the run folder is not shared.
+    """
+    found = list_checkpoints(run)
+    step = int(found[-1].name.removeprefix("step-")) if found and mesh.is_first else 0
+    step = int(mesh.all_reduce(torch.tensor([step], device=mesh.device))[0])
+    if not step:
+        return None
+    folder = checkpoint_folder(run, step)
+    if folder not in found:
+        raise ConfigError(
+            f"run: the first rank resumes from {folder}, which rank {mesh.world.rank} does not see; "
+            "put the run folder on storage that all nodes share"
+        )
+    return folder
 
 
 def _state(checkpoint: Path, corpora: list[Corpus]) -> dict[str, Any]:

@@ -27,6 +27,5 @@ class Checkpoints(Callback):
             "corpora": self._fingerprints,
         }
         folder = save_checkpoint(self._run, trainer.engine, trainer.mesh, trainer.model, state, self._tokenizer)
-        if trainer.mesh.is_first:
-            prune(self._run, trainer.config.checkpoint.keep)
+        prune(self._run, trainer.config.checkpoint.keep, trainer.mesh)
         trainer.event("checkpoint", path=str(folder))
