@@ -132,6 +132,16 @@ class NeedleTask:
         """
         self._frame(length, depth, number)
 
+    def fits(self, length: int, depths: Sequence[float], samples: int) -> bool:
+        """Whether every sample of a length can be built."""
+        try:
+            for depth in depths:
+                for number in range(samples):
+                    self.check(length, depth, number)
+        except DataError:
+            return False
+        return True
+
     def _frame(self, length: int, depth: float, number: int) -> "_Frame":
         generator = np.random.default_rng([self._seed, length, round(1e6 * depth), number])
         key = f"{generator.choice(_ADJECTIVES)} {generator.choice(_NOUNS)}"

@@ -35,7 +35,8 @@ class Request:
 
     Args:
         length: tokens per scored row.
-        lengths: context lengths of needle retrieval; default: a quarter, half and all of ``length``.
+        lengths: context lengths of needle retrieval; default: all of ``length``, and of half and a quarter
+            what is long enough to hold the question.
         rows: held-out rows scored, at most those there are.
         windows: documents in the gain-from-context curve.
         samples: needle samples per length and depth.
@@ -151,8 +152,11 @@ def _perplexity(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str,
 
 
 def _needle(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any]:
-    lengths = request.lengths or tuple(subject.length // part for part in (4, 2, 1))
     task = NeedleTask(subject.tokenizer, subject.valid, request.seed)
+    lengths = request.lengths
+    if lengths is None:
+        shorter = [subject.length // part for part in (4, 2)]
+        lengths = (*(n for n in shorter if task.fits(n, request.depths, request.samples)), subject.length)
     total = -(-len(lengths) * len(request.depths) * request.samples // mesh.world.size)
     with Progress("needle", total, visible=mesh.is_first) as progress:
         return needle_retrieval(

@@ -1,0 +1,112 @@
+"""The README's commands and code are run as they are printed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pool import Pool
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, heading: str) -> list[str]:
+    """Code blocks of one language in one section."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def commands(heading: str) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("sh", heading) for line in block.splitlines()]
+    return [command for line in lines if line for command in line.split(" && ")]
+
+
+def mixer_output(source: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and one gradient of a decoder with the README's mixer, on the current world."""
+    from longctx.config.schema import Model
+    from longctx.mixers import MIXERS
+    from longctx.model import decoder
+    from longctx.runtime.mesh import build_mesh
+    from longctx.sequence.context import SequenceContext
+    from longctx.sequence.layout import zigzag
+
+    module: dict[str, Any] = {"__name__": "readme"}
+    exec(source, module)
+    decoder.MIXERS = MappingProxyType({**MIXERS, "nope": module["NopeMixer"]})
+    mesh = build_mesh(torch.distributed.get_world_size(), torch.device("cpu"))
+    context = SequenceContext(mesh.sequence, zigzag(23, mesh.sequence.size), ((0, 9), (0,)))
+    shape = Model(vocab_size=31, hidden_size=16, num_layers=2, num_heads=2, init_std=0.3, mixer="nope")
+    model = decoder.CausalLM(shape).double()
+    tokens_BS = torch.arange(46).view(2, 23) * 7 % 31
+    loss = model(context.shard(tokens_BS), context, context.shard(tokens_BS.roll(-1, 1))).loss_sum
+    loss.backward()
+    gradient = model.layers[0].mixer.q_proj.weight.grad
+    return mesh.all_reduce(loss.detach().clone()), mesh.all_reduce(gradient.clone())
+
+
+def test_the_mixer_trains_sequence_parallel(pool: Pool) -> None:
+    (source,) = blocks("python", "Add a mixer")
+    assert len(source.splitlines()) < 60
+    alone = pool.run(mixer_output, 1, source)[0]
+    for world in (2, 3):
+        sharded = pool.run(mixer_output, world, source)[0]
+        for found, wanted in zip(sharded, alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_two_commands_exist() -> None:
+    for command in commands("Two commands"):
+        script = ROOT / shlex.split(command)[1]
+        assert script.is_file()
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_every_file_and_room_named_exists() -> None:
+    for path in re.findall(r"`((?:longctx|launch|configs|tests|tools)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([^)#:]+)\)|bash (launch/\S+)", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+@pytest.mark.tier2
+@pytest.mark.timeout(300)
+def test_train_on_your_own_data_and_continue_it(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index, source in enumerate(sorted((ROOT / "longctx").rglob("*.py"))):
+        (texts / f"{index}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    small = {"--vocab-size 32k": "--vocab-size 600"}
+    for command in commands("Train on your own data"):
+        run(command, tmp_path, small)
+    assert (tmp_path / "runs/mine/report/index.html").is_file()
+    run("longctx export runs/mine --out MODEL", tmp_path, {})
+    config = yaml.safe_load((ROOT / "configs/continue_hf.yaml").read_text(encoding="utf-8"))
+    assert config["model"]["from_hf"]
+    fits_here = (
+        " sequence.length=256 sequence.degree=2 train.steps=2 train.batch=2 train.schedule.warmup=1 engine.zero=3"
+        " model.max_position_embeddings=256 train.precision=fp32 checkpoint.every=0 train.eval_every=0"
+    )
+    for command in commands("Continue pretraining a Hugging Face model"):
+        extra = fits_here if " train " in command else ""
+        run(command + extra, tmp_path, {"--nproc-per-node 8": "--nproc-per-node 2"})
+    assert (tmp_path / "MODEL-64k/config.json").is_file()
+
+
+def run(command: str, folder: Path, replacements: dict[str, str]) -> None:
+    """Run a command of the README; only sizes that a test cannot afford are replaced."""
+    for before, after in replacements.items():
+        command = command.replace(before, after)
+    words = shlex.split(command)
+    programs = {"longctx": ["-m", "longctx"], "torchrun": ["-m", "torch.distributed.run"]}
+    done = subprocess.run(
+        [sys.executable, *programs[words[0]], *words[1:]], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
