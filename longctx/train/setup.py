@@ -62,7 +62,9 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
     """
     if config.model.from_hf is not None:
         base = read_hf_config(config.model.from_hf)
-        chosen = config.model.model_fields_set & {"rope", "max_position_embeddings"}
+        # Not "which fields were set": the config stored with a run sets them all.
+        keys = ("rope", "max_position_embeddings")
+        chosen = [key for key in keys if getattr(config.model, key) != Model.model_fields[key].default]
         model = base.model_copy(update={key: getattr(config.model, key) for key in chosen})
     else:
         model = config.model
