@@ -65,7 +65,7 @@ class RingAttention(torch.autograd.Function):
         q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors
         dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
         kv_M2KE = torch.stack((k_MKE, v_MKE), dim=1)
-        own = torch.zeros_like(kv_M2KE, dtype=lse_NH.dtype)
+        own = kv_M2KE.new_empty((0, *kv_M2KE.shape[1:]), dtype=lse_NH.dtype)
         homeward = Homeward(own, call.sizes, call.schedule, call.group, call.ledger)
         for hop, source, block in circulate(kv_M2KE, call.sizes, call.schedule, call.group, call.ledger):
             dkv_M2KE = None

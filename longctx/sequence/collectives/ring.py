@@ -77,7 +77,8 @@ def circulate(
 class Homeward:
     """Sums what each rank adds to a block along the ring and brings the sum back to the block's owner.
 
-    Call :meth:`add` at every hop after 0, in order, on every rank; then :meth:`arrived`.
+    ``like`` tells dtype, device and all dimensions but the first; its rows do not matter. Call :meth:`add` at every
+    hop after 0, in order, on every rank; then :meth:`arrived`.
     """
 
     def __init__(

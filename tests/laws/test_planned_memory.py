@@ -1,0 +1,156 @@
+"""Law 7: ring attention holds O(S / P) per rank, by a stated formula; no tensor is as long as the sequence.
+
+Counted are the storages that operators return; what a kernel allocates inside itself does not show.
+
+Legend: T local tokens, H query heads, K kv heads, E head dim, P ranks.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Problem, context_of
+from law_models import sequence_group
+from pool import Pool
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longctx.attention import attention
+from longctx.sequence.context import SequenceContext
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+QUERY, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators made and that are still alive; the peak, and the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on one rank during a forward and backward."""
+
+    peak: int
+    largest: int
+    tokens: int
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, SequenceContext], Tensor]
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+    """The planted fault: every rank gathers all keys and values."""
+    k_BSKE, v_BSKE = (context.unshard(t) for t in (k, v))
+    k_BSHE, v_BSHE = (t.repeat_interleave(HEADS // KV_HEADS, 2) for t in (k_BSKE, v_BSKE))
+    out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k_BSHE, v_BSHE)))
+    return out.transpose(1, 2)
+
+
+def measure_here(problem: Problem, attend: Attention = attention) -> Measured:
+    """Everything from the inputs on, as seen by this rank."""
+    group = sequence_group()
+    context = context_of(problem, group)
+    context.plan()
+    watch = LiveBytes()
+    with watch:
+        q, k, v = (
+            torch.randn(1, context.local_length, heads, HEAD_DIM, requires_grad=True)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        out = attend(q, k, v, context)
+        out.backward(torch.randn(out.shape))
+    return Measured(watch.peak, watch.largest, context.local_length)
+
+
+def problem_of(length: int) -> Problem:
+    return Problem(length, ((0,),), HEADS, KV_HEADS, HEAD_DIM, dtype=torch.float32)
+
+
+def formula(tokens: int) -> int:
+    """Peak bytes of a forward and backward of one fp32 layer with ``tokens`` local tokens, on any number of ranks.
+
+    Query side: q, out, dout, dq, the kernel's dq; lse and a copy. Key side (k and v together): the inputs, stacked for
+    sending, the block in work, the one arriving, their gradients (own, in work, arriving, leaving), the kernel's.
+    """
+    return 4 * tokens * (5 * QUERY + 2 * HEADS + 9 * KEYS)
+
+
+def assert_no_long_tensor(measured: Measured) -> None:
+    assert measured.largest <= 4 * measured.tokens * max(QUERY, KEYS), measured
+
+
+def assert_within_formula(measured: Measured) -> None:
+    assert measured.peak <= formula(measured.tokens) + 256, (measured, formula(measured.tokens))
+
+
+def test_peak_bytes_follow_the_formula_at_two_lengths(pool: Pool) -> None:
+    for world in (1, 2, 3, 4):
+        short, long = (pool.run(measure_here, world, problem_of(length * world)) for length in (128, 256))
+        for one, two in zip(short, long, strict=True):
+            for measured in (one, two):
+                assert_no_long_tensor(measured)
+                assert_within_formula(measured)
+            assert two.peak == pytest.approx(2 * one.peak, rel=0.01)
+        if world == 4:
+            # The formula is what is really held, not a generous bound.
+            assert max(m.peak for m in long) > 0.93 * formula(256)
+
+
+def test_more_ranks_hold_less_each(pool: Pool) -> None:
+    two, four = (max(m.peak for m in pool.run(measure_here, world, problem_of(1024))) for world in (2, 4))
+    assert four < 0.7 * two
+
+
+@pytest.mark.tier2
+def test_peak_bytes_do_not_grow_with_the_ranks(pool: Pool) -> None:
+    for measured in pool.run(measure_here, 8, problem_of(8 * 128)):
+        assert_no_long_tensor(measured)
+        assert_within_formula(measured)
+
+
+def test_gathering_all_keys_is_noticed(pool: Pool) -> None:
+    for measured in pool.run(measure_here, 4, problem_of(1024), gathered_attention):
+        with pytest.raises(AssertionError):
+            assert_no_long_tensor(measured)
+        with pytest.raises(AssertionError):
+            assert_within_formula(measured)
+
+
+def test_the_measure_counts_what_lives_together() -> None:
+    watch = LiveBytes()
+    with watch:
+        kept = torch.zeros(10)
+        for _ in range(3):
+            passing = kept + 1
+            del passing
+        view = kept[2:]
+    assert (watch.peak, watch.largest, watch.live, view.numel()) == (80, 40, 40, 8)

@@ -1,0 +1,163 @@
+"""Law 6: what the ranks send is what was planned, every send has its receive, and totals equal the formulas."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_cases import Problem, context_of, random_problem, run_here, solve
+from law_models import Decoder, random_tokens, sequence_group
+from pool import Pool
+
+from longctx.attention.ring import planned_traffic
+from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.ledger import Ledger, Transfer
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.plan import AttentionPlan
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def plan_of(problem: Problem, world: int) -> AttentionPlan:
+    return context_of(problem, Group(0, tuple(range(world)))).plan(problem.causal, problem.window)
+
+
+def planned(problem: Problem, world: int) -> list[list[Transfer]]:
+    plan = plan_of(problem, world)
+    ranks = range(world)
+    return [planned_traffic(plan, rank, problem.kv_heads, problem.head_dim, problem.dtype) for rank in ranks]
+
+
+def assert_sends_are_received(ranks: Sequence[Sequence[Transfer]]) -> None:
+    """Between any two ranks, message by message in order, bytes sent are bytes received."""
+    for direction, other in (("send", "receive"), ("receive", "send")):
+        for rank, transfers in enumerate(ranks):
+            for peer in range(len(ranks)):
+                for kind in {t.kind for t in transfers}:
+                    ours = [t.bytes for t in transfers if t[:3] == (kind, direction, peer)]
+                    theirs = [t.bytes for t in ranks[peer] if t[:3] == (kind, other, rank)]
+                    assert ours == theirs, (kind, rank, peer)
+
+
+def sent(transfers: Sequence[Transfer]) -> int:
+    return sum(t.bytes for t in transfers if t.direction == "send")
+
+
+def test_every_rank_sends_exactly_what_was_planned(pool: Pool, seed: int) -> None:
+    rng = random.Random(seed)
+    for world in (2, 3, 4):
+        problems = [replace(random_problem(rng), dtype=rng.choice(DTYPES)) for _ in range(20)]
+        for problem, answer in zip(problems, solve(pool, world, problems), strict=True):
+            assert [list(transfers) for transfers in answer.transfers] == planned(problem, world), problem
+            assert_sends_are_received(answer.transfers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_causal_zigzag_costs_the_formula(pool: Pool, dtype: torch.dtype) -> None:
+    batch, kv_heads, head_dim = 2, 3, 8
+    for world in (2, 3, 4):
+        problem = Problem(2 * world * 3, ((0,),) * batch, 6, kv_heads, head_dim, dtype=dtype)
+        tokens = batch * problem.length // world
+        block = tokens * 2 * kv_heads * head_dim
+        # Forward: every block passes on P - 1 times. Backward: again, and its gradient, in at least fp32, P - 1 times.
+        forward = (world - 1) * block * dtype.itemsize
+        gradients = (world - 1) * block * max(dtype.itemsize, 4)
+        (answer,) = solve(pool, world, [problem])
+        assert [sent(transfers) for transfers in answer.transfers] == [2 * forward + gradients] * world
+
+
+def test_a_window_costs_its_neighbours_only(pool: Pool) -> None:
+    # Chunks of 8 tokens and a window of 9: each rank needs the one block before its own, and rank 0 none.
+    problem = Problem(32, ((0,),), 2, 1, 4, "contiguous", window=9, dtype=torch.float32)
+    block = 8 * 2 * 1 * 4 * 4
+    (answer,) = solve(pool, 4, [problem])
+    assert [sent(transfers) for transfers in answer.transfers] == [2 * block, 3 * block, 3 * block, block]
+
+
+def test_documents_within_ranks_cost_nothing(pool: Pool) -> None:
+    problem = Problem(24, ((0, 8, 16), (0, 3, 8, 16, 20)), layout="contiguous")
+    (answer,) = solve(pool, 3, [problem])
+    assert answer.transfers == ((), (), ())
+
+
+class LeakyContext(SequenceContext):
+    """A planted fault: a plan that ignores documents."""
+
+    def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
+        return AttentionPlan(self.layout, self.layout, ((0,),) * self.batch, causal, window)
+
+
+def leaky_here(problem: Problem) -> list[Transfer]:
+    group = sequence_group()
+    ledger = Ledger()
+    run_here(problem, LeakyContext(group, context_of(problem, group).layout, problem.documents, ledger=ledger))
+    return ledger.transfers
+
+
+def test_a_plan_that_ignores_documents_is_noticed(pool: Pool) -> None:
+    problem = Problem(24, ((0, 9, 17),), layout="contiguous")
+    found = pool.run(leaky_here, 3, problem)
+    assert_sends_are_received(found)
+    assert found != planned(problem, 3)
+
+
+def test_a_receive_of_other_bytes_is_noticed() -> None:
+    ranks = planned(Problem(12), 2)
+    index = next(i for i, t in enumerate(ranks[0]) if t.direction == "receive")
+    ranks[0][index] = ranks[0][index]._replace(bytes=ranks[0][index].bytes + 1)
+    with pytest.raises(AssertionError):
+        assert_sends_are_received(ranks)
+
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "all_to_all",
+    "all_to_all_single", "broadcast", "reduce", "gather", "scatter", "send", "recv",
+)  # fmt: skip
+
+
+def watched_step_here(decoder: Decoder, recompute: bool) -> tuple[list[Transfer], list[tuple[str, int, int]]]:
+    """A forward and backward of the decoder: its ledger, and every message torch.distributed was really given."""
+    group = sequence_group()
+    ledger = Ledger()
+    context = replace(decoder.context(group), ledger=ledger)
+    model = decoder.model(recompute=recompute)
+    tokens_BS = random_tokens(decoder, 5)
+    seen: list[tuple[str, int, int]] = []
+    exchange = dist.batch_isend_irecv
+
+    def record(operations: list[dist.P2POp]) -> list[dist.Work]:
+        names = {dist.isend: "send", dist.irecv: "receive"}
+        seen.extend((names[o.op], o.peer, o.tensor.numel() * o.tensor.element_size()) for o in operations)
+        return exchange(operations)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective outside the ring")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", record)
+        for name in COLLECTIVES:
+            patch.setattr(dist, name, refuse)
+        loss_sum = model(context.shard(tokens_BS), context, context.shard(tokens_BS.roll(-1, 1))).loss_sum
+        assert loss_sum is not None
+        loss_sum.backward()
+    return ledger.transfers, seen
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_a_step_of_the_decoder_costs_its_layers_and_nothing_else(pool: Pool, layout: str, recompute: bool) -> None:
+    decoder = Decoder(29, ((0,), (0, 11)), layout, torch.float32, window=4)
+    for world in (2, 3):
+        plans = [plan_of(Problem(29, decoder.documents, layout=layout, window=window), world) for window in (4, None)]
+        for rank, (ledger, seen) in enumerate(pool.run(watched_step_here, world, decoder, recompute)):
+            # Three kv heads of four numbers, fp32; the backward visits the layers in reverse.
+            forward, backward = [], []
+            for plan in plans:
+                once = planned_traffic(plan, rank, 3, 4, torch.float32)
+                count = sum(t.kind == "ring" for t in once) // 2
+                forward, backward = forward + once[:count], once[count:] + backward
+            assert ledger == forward + backward
+            assert seen == [(t.direction, t.peer, t.bytes) for t in ledger]
