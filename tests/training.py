@@ -11,6 +11,7 @@ import torch
 from longctx.config.schema import Config, Model
 from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import build_mesh
+from longctx.train.optimizer import MOMENTS
 from longctx.train.setup import build_engine
 from longctx.train.trainer import Callback, Record, Trainer
 
@@ -70,6 +71,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     clip: float = 0.1
     lr: float = 1e-2
+    max_nonfinite: int = 3
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def config_of(case: Case) -> Config:
             "train": {
                 "steps": case.steps, "batch": case.batch, "micro_batch": case.micro_batch, "lr": case.lr,
                 "clip": case.clip, "loss_chunk": 7, "recompute": case.recompute, "precision": case.precision,
-                "schedule": {"warmup": 2},
+                "schedule": {"warmup": 2}, "max_nonfinite": case.max_nonfinite,
             },
             "engine": case.engine,
         }
@@ -163,13 +165,25 @@ def full_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every parameter at full precision, gathered from the engine's fragments."""
-    weights = {}
+    return _gathered(trainer, "weight")
+
+
+def full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and moments as ``"kind name"``, and the optimizer's count of updates."""
+    kinds = ("weight", *MOMENTS)
+    state = {f"{kind} {name}": t for kind in kinds for name, t in _gathered(trainer, kind).items()}
+    return state | {"updates": torch.tensor(trainer.engine.updates)}
+
+
+def _gathered(trainer: Trainer, kind: str) -> dict[str, torch.Tensor]:
+    found = {}
     for fragment in trainer.engine.fragments():
-        whole = torch.zeros(fragment.shape.numel(), dtype=fragment.weight.dtype)
+        part = fragment.weight if kind == "weight" else fragment.moments[kind]
+        whole = torch.zeros(fragment.shape.numel(), dtype=part.dtype)
         if not trainer.engine.replicated or trainer.mesh.is_first:
-            whole[fragment.start : fragment.start + fragment.numel] = fragment.weight
-        weights[fragment.name] = trainer.mesh.all_reduce(whole).view(fragment.shape).clone()
-    return weights
+            whole[fragment.start : fragment.start + fragment.numel] = part
+        found[fragment.name] = trainer.mesh.all_reduce(whole).view(fragment.shape).clone()
+    return found
 
 
 def relative(a: float, b: float) -> float:
