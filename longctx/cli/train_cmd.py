@@ -43,11 +43,14 @@ def _check_device(config: "Config", launch: "Launch") -> None:
 
 
 def _train(config: "Config", launch: "Launch") -> int:
+    from longctx.config.load import dump_config
     from longctx.runtime.agreement import FailedElsewhere
     from longctx.runtime.process import joined_world
     from longctx.train.setup import build_trainer
     from longctx.train.trainer import TrainingFailed
 
+    if launch.rank == 0:
+        print(dump_config(config), flush=True)
     try:
         with joined_world(config.runtime, config.sequence.degree) as mesh:
             build_trainer(config, mesh).run()

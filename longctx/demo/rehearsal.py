@@ -42,7 +42,7 @@ def read_records(metrics: Path) -> list[Record]:
     return records
 
 
-def kill_rank(process: "subprocess.Popen[bytes]", metrics: Path, after_step: int, rank: int) -> int:
+def kill_rank(process: "subprocess.Popen[bytes]", metrics: Path, after_step: int, rank: int, log: Path) -> int:
     """Wait until ``after_step`` was logged, SIGKILL one rank, and return the last step logged by then.
 
     Raises:
@@ -56,7 +56,7 @@ def kill_rank(process: "subprocess.Popen[bytes]", metrics: Path, after_step: int
             os.kill(pids[rank], signal.SIGKILL)
             return int(max(steps))
         time.sleep(POLL_S)
-    raise DemoFailed(f"training ended with status {process.returncode} before step {after_step}; see launch.log")
+    raise DemoFailed(f"training ended with status {process.returncode} before step {after_step}; see {log}")
 
 
 def repeated_steps(metrics: Path) -> Repeated:

@@ -60,11 +60,12 @@ def _train(settings: Settings, corpus: Path, run: Path) -> Repeated:
         f"sequence.degree={settings.ranks}", *settings.overrides,
     ]  # fmt: skip
     total, every = _plan(settings)
-    process = torchrun(settings.ranks, 1, arguments, settings.folder / "launch.log")
+    log = settings.folder / "launch.log"
+    process = torchrun(settings.ranks, 1, arguments, log)
     try:
         # Half-way between two checkpoints, so that some steps must be repeated.
         target = total // 2 // every * every + max(1, every // 2)
-        last = kill_rank(process, run / "metrics.jsonl", target, rank=settings.ranks - 1)
+        last = kill_rank(process, run / "metrics.jsonl", target, settings.ranks - 1, log)
         print(
             f"demo: killed rank {settings.ranks - 1} with SIGKILL after step {last}; torchrun restarts the run",
             flush=True,
@@ -75,7 +76,7 @@ def _train(settings: Settings, corpus: Path, run: Path) -> Repeated:
             process.terminate()
             process.wait()
     if status:
-        raise DemoFailed(f"training ended with status {status}; see {settings.folder / 'launch.log'}")
+        raise DemoFailed(f"training ended with status {status}; see {log}")
     repeated = repeated_steps(run / "metrics.jsonl")
     if not repeated.equal:
         raise DemoFailed(f"the resumed run logged other losses: {repeated.before} before, {repeated.after} after")

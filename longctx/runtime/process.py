@@ -12,6 +12,7 @@ from longctx.config.schema import Runtime
 from longctx.errors import ConfigError, LaunchError
 from longctx.runtime.launcher import Launch, read_launch
 from longctx.runtime.mesh import Mesh, build_mesh
+from longctx.runtime.rendezvous import open_store
 
 
 @contextmanager
@@ -70,16 +71,17 @@ def _join(launch: Launch, device: torch.device, timeout_s: int) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank),
         LOCAL_WORLD_SIZE=str(launch.local_world), MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port),
     )  # fmt: skip
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{launch.address}:{launch.port}" if launch.launcher != "torchrun" else "env://",
+            store=open_store(launch.address, launch.port, launch.rank, launch.world, hosted, timeout_s),
             rank=launch.rank,
             world_size=launch.world,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, TimeoutError, ValueError) as error:
         raise LaunchError(
             f"rank {launch.rank} of {launch.world} ({launch.launcher}) could not meet the others at "
             f"{launch.address}:{launch.port} within {timeout_s} s: {_first_sentence(error)}"
