@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder of Python files (default: standard library)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes; the sequence degree (default 2)")
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="tokens of the tokenizer (default 4096)"
+        "--vocab-size", type=int, default=1024, metavar="N", help="tokens of the tokenizer (default 1024)"
     )
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file")
 

@@ -46,7 +46,7 @@ def run_demo(settings: Settings) -> None:
     _title(f"2. Training with every sequence cut over {settings.ranks} ranks, one of which is killed on the way")
     repeated = _train(settings, corpus, run)
     _title("3. Perplexity by position, needle retrieval, unigram entropy")
-    longctx("eval", run)
+    longctx("eval", run, "--samples", "2")
     _title("4. Export to a Hugging Face folder, checked against transformers")
     longctx("export", run, "--out", run / "export", "--check")
     _title("5. Report")
