@@ -44,7 +44,9 @@ def save_hf(
         DataError: the tokenizer cannot be read or converted.
     """
     if config.mixer != "softmax":
-        raise ConfigError(f"model.mixer = {config.mixer!r} has no place in a {config.family} folder; only softmax exports")
+        raise ConfigError(
+            f"model.mixer = {config.mixer!r} has no place in a {config.family} folder; only softmax exports"
+        )
     folder = Path(folder)
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype
