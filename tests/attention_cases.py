@@ -71,17 +71,17 @@ def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
 def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
     """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, both layouts."""
     length = rng.choice([1, 2, 3, 4, 5, 7, 11, 16, 23, 31, 47])
-    kv_heads = rng.choice([1, 2, 3])
+    kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 4, 7, 16])
     return Problem(
         length,
         random_documents(rng, rng.choice([1, 2, 3]), length),
         kv_heads * rng.choice([1, 2, 3]),
         kv_heads,
-        rng.choice([1, 4, 7, 16]),
+        head_dim,
         rng.choice(["zigzag", "contiguous"]),
         rng.random() < 0.7,
         rng.choice([None, None, 1, 2, 3, 8, length]),
-        rng.choice([None, 0.3, 1.7]),
+        rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
         kernel,
         seed=rng.randrange(2**31),
     )
@@ -173,11 +173,11 @@ def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
 
 
 def worst(found: Answer, wanted: Answer) -> dict[str, float]:
-    """Largest error of each tensor, relative to the largest entry of that tensor."""
+    """Largest error of each tensor, relative to its largest entry or to 1: gradients of O(1) terms may cancel to 0."""
     errors = {}
     for name, tensor in found.tensors().items():
         reference = wanted.tensors()[name]
         assert tensor.shape == reference.shape and bool(tensor.isfinite().all()), name
-        scale = max(float(reference.abs().max()), 1e-3)
+        scale = max(float(reference.abs().max()), 1.0)
         errors[name] = float((tensor.double() - reference.double()).abs().max()) / scale
     return errors

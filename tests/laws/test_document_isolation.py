@@ -65,7 +65,7 @@ def answers_here(jobs: list[tuple[Problem, Document, str]], leaky: bool = False)
         plain, changed = inputs(problem), inputs(problem)
         for tensor in changed:
             part = tensor[document.row, document.start : document.stop]
-            part.copy_(-2 * part + 1 if change == "other" else torch.full_like(part, float(change)))
+            part.copy_(part + 3 if change == "other" else torch.full_like(part, float(change)))
         both = (run_here(problem, context, whole) for whole in (plain, changed))
         found.append(tuple(Answer(*(context.unshard(t) for t in parts)) for parts in both))
     return found  # type: ignore[return-value]
