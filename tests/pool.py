@@ -1,8 +1,8 @@
 """One pool of worker processes for all distributed tests, started once per session.
 
-``pool.run(function, world, *arguments)`` runs a module-level function on ranks 0..world-1 of a fresh gloo world and returns
-the list of what they returned. It fails, naming the rank, when one raises, dies, or exceeds the time limit; broken workers
-are replaced. A function receives its Mesh-building world ready: ``torch.distributed`` is initialised.
+``pool.run(function, world, *arguments)`` runs a module-level function on ranks 0..world-1 of a fresh gloo world and
+returns the list of what they returned. It fails, naming the rank, when one raises, dies, or exceeds the time limit;
+broken workers are replaced. ``torch.distributed`` is initialised when the function is called.
 """
 
 import multiprocessing as mp

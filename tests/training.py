@@ -1,6 +1,6 @@
 """Small training runs for the tests of the laws: random rows, a tiny decoder, any mesh, any engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,13 +117,18 @@ class Watch(Callback):
         self.records.append(record)
 
 
-def build(case: Case) -> tuple[Trainer, Watch]:
-    """A trainer in the current process world."""
+def build(case: Case, weights: Callable[[CausalLM], None] | None = None) -> tuple[Trainer, Watch]:
+    """A trainer in the current process world; ``weights`` may replace those drawn from the seed."""
     config, shape = config_of(case), model_config(case)
     mesh = build_mesh(case.degree, torch.device("cpu"), 60)
     model = CausalLM(shape, recompute=case.recompute, seed=case.seed)
     if case.fp64:
         model = model.double()
+    if weights is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        weights(model)
     engine = build_engine(config, model, mesh)
     assert shape.vocab_size is not None
     rows = RandomRows(case.length, shape.vocab_size, case.seed, fault=case.fault)

@@ -7,7 +7,9 @@ from pool import Pool
 from training import Case, assert_same_training, train
 
 # Large enough that ZeRO-3 keeps parameters partitioned and cannot hide an order fault by gathering all at once.
-PARTITIONED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 2000}
+PARTITIONED = {
+    "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 2000,
+}  # fmt: skip
 CASE = Case(length=45, steps=20, batch=6, micro_batch=1, fp64=False, seed=5, lr=1e-3)
 
 
