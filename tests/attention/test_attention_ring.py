@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Answer, Problem, context_of, oracle, random_problem, solve, worst
+from attention_cases import Answer, Problem, context_of, oracle, random_problem, run_here, solve, worst
 from pool import Pool
 
 from longctx.runtime.mesh import Group, build_mesh
@@ -80,6 +80,20 @@ def test_a_rank_without_tokens_takes_part(pool: Pool) -> None:
     problems = [Problem(length, layout=name) for length in (1, 2, 3) for name in sorted(LAYOUTS)]
     assert any(0 in context_of(p, Group(0, tuple(range(4)))).layout.sizes for p in problems)
     assert_exact(pool, 4, problems, [oracle(p) for p in problems])
+
+
+def side_by_side_here(problems: list[Problem]) -> list[torch.Tensor]:
+    """Two sequence groups in one world, each with its own problems; collective within a group."""
+    mesh = build_mesh(2, torch.device("cpu"), 60)
+    context = context_of(problems[mesh.data.rank], mesh.sequence)
+    return [context.unshard(t) for t in run_here(problems[mesh.data.rank], context)]
+
+
+def test_sequences_side_by_side_do_not_mix(pool: Pool) -> None:
+    problems = [Problem(11, ((0, 4),), 4, 2, seed=1), Problem(11, ((0, 4),), 4, 2, seed=2)]
+    found = pool.run(side_by_side_here, 4, problems)
+    for rank, parts in enumerate(found):
+        assert max(worst(Answer(*parts), oracle(problems[rank // 2])).values()) < 1e-10
 
 
 def idle_gradient_here(length: int) -> list[float | None]:
