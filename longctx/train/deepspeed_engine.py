@@ -159,7 +159,7 @@ class DeepSpeedEngine:
 
 def deepspeed_settings(config: EngineConfig, train: Train, accumulation: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run; ``engine.options`` are merged into it."""
-    bucket = min(_BUCKET_ELEMENTS, max(parameters, 1))
+    bucket = min(_BUCKET_ELEMENTS, parameters + parameters % 2)  # stages 1 and 2 want it even
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
