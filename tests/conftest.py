@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from corpora import SmallCorpus, build_small
 from pool import Pool, poison_uninitialised_memory
 
 
@@ -19,6 +20,12 @@ def pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
+    """A small corpus, built once; tests that alter it make a copy."""
+    return build_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

@@ -75,7 +75,10 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     state = read_json(checkpoint / "state.json")
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{checkpoint} has format version {state.get('version')}, this longctx reads {VERSION}")
+        raise CheckpointError(
+            f"{checkpoint}/state.json has format version {state.get('version')}, this longctx reads {VERSION}; "
+            "use the longctx that wrote it"
+        )
     wrong = [key for key in _COUNTS if not isinstance(state.get(key), int)]
     if wrong or not isinstance(state.get("corpora"), list):
         missing = wrong[0] if wrong else "corpora"
