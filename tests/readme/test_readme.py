@@ -71,7 +71,7 @@ def test_the_two_commands_exist() -> None:
 def test_every_file_and_room_named_exists() -> None:
     for path in re.findall(r"`((?:longctx|launch|configs|tests|tools)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\(([^)#:]+)\)|bash (launch/\S+)", README):
+    for path in re.findall(r"\]\(([^)#:]+)\)|bash (launch/[\w./]+)", README):
         assert (ROOT / (path[0] or path[1])).exists(), path
 
 
