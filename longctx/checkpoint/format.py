@@ -31,7 +31,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "index.json").is_file())
+    found = [path for path in (run / "checkpoints").glob("step-*") if (path / "index.json").is_file()]
+    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
 
 
 def rng_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
     rows = agree(mesh, lambda: _rows(config, corpora, shuffle=True))
     model_config = agree(mesh, lambda: resolve_model(config, tokenizer))
     agree(mesh, lambda: check_exportable(model_config))
+    validation = agree(mesh, lambda: _validation(config, mesh))
     latest = agree(mesh, lambda: _latest(config.run, mesh))
     state = agree(mesh, lambda: _state(latest, corpora)) if latest else None
     model = agree(mesh, lambda: build_model(config, model_config, latest))
@@ -50,7 +51,9 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
         torch.manual_seed(config.train.seed * 65_537 + mesh.world.rank)
     # Last, so that a run refused above leaves nothing behind.
     agree(mesh, lambda: claim_run_folder(config) if mesh.is_first else None)
-    callbacks = agree(mesh, lambda: _callbacks(config, mesh, corpora, tokenizer))
+    callbacks = agree(mesh, lambda: _trackers(config, mesh))
+    callbacks += [validation] if validation is not None else []
+    callbacks.append(Checkpoints(config.run, tokenizer.path.parent, fingerprints(corpora)))
     return Trainer(config, model_config, mesh, engine, rows, callbacks, progress)
 
 
@@ -175,19 +178,18 @@ def fingerprints(corpora: list[Corpus]) -> list[str]:
     return [corpus.manifest.fingerprint for corpus in corpora]
 
 
-def _callbacks(config: Config, mesh: Mesh, corpora: list[Corpus], tokenizer: Tokenizer) -> list[Callback]:
+def _trackers(config: Config, mesh: Mesh) -> list[Callback]:
     callbacks: list[Callback] = [MetricsFile(config.run / "metrics.jsonl"), StepLine()]
     if mesh.is_first and config.track.tensorboard:
         callbacks.append(TensorBoard(config.run))
     if mesh.is_first and config.track.wandb:
         callbacks.append(Wandb(config.track.wandb, config.model_dump(mode="json")))
-    if config.train.eval_every:
-        callbacks.append(_validation(config, mesh))
-    callbacks.append(Checkpoints(config.run, tokenizer.path.parent, fingerprints(corpora)))
     return callbacks
 
 
-def _validation(config: Config, mesh: Mesh) -> Validation:
+def _validation(config: Config, mesh: Mesh) -> Validation | None:
+    if not config.train.eval_every:
+        return None
     try:
         rows = _rows(config, _open(config, mesh, "valid"), shuffle=False)
     except DataError as error:
