@@ -48,7 +48,7 @@ class SmallCorpus:
 
 
 def build_small(folder: Path, seed: int = 7, vocab_size: int = 320) -> SmallCorpus:
-    """Train a tokenizer on forty Python-like files and build a corpus of them; a fifth is held out."""
+    """Train a tokenizer on forty Python-like files and a corpus of them in several shards; a fifth is held out."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
     draw = random.Random(seed)
@@ -59,6 +59,6 @@ def build_small(folder: Path, seed: int = 7, vocab_size: int = 320) -> SmallCorp
         (texts / f"{number:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     contents = [file.read_text(encoding="utf-8") for file in sorted(texts.iterdir())]
     train_sentencepiece(contents, folder / "tokenizer", vocab_size)
-    request = Request([texts], folder / "tokenizer", folder / "corpus", Options(holdout=0.2))
+    request = Request([texts], folder / "tokenizer", folder / "corpus", Options(holdout=0.2), shard_bytes=10_000)
     build_corpus(request, Alone())
     return SmallCorpus(folder / "corpus", folder / "tokenizer")

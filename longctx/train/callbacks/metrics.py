@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from longctx.report.terminal import step_line
-from longctx.train.trainer import Callback, Record, Trainer, process_ids
+from longctx.train.trainer import Callback, Record, Trainer, TrainingFailed, process_ids
 
 
 class MetricsFile(Callback):
@@ -20,9 +20,15 @@ class MetricsFile(Callback):
         trainer.event("resume" if trainer.progress.step else "start", pids=pids, degree=trainer.mesh.sequence.size)
 
     def on_record(self, trainer: Trainer, record: Record) -> None:
-        if trainer.mesh.is_first:
+        if not trainer.mesh.is_first:
+            return
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.write(line)
+        except OSError as error:
+            # The other ranks see this one leave; a collective per record would cost more than their worse message.
+            raise TrainingFailed(f"cannot write {self._path}: {error.strerror}; free space and resume") from error
 
     def on_end(self, trainer: Trainer) -> None:
         trainer.event("end", tokens=trainer.progress.tokens)
