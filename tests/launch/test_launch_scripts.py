@@ -293,3 +293,25 @@ def test_bad_input_is_said_once_under_a_launcher(words: list[str], corpus: Path,
     assert len(said) == 1, done.stderr
     assert "3 does not divide the world of 2 ranks; use one of 1, 2" in said[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.tier2
+def test_bad_input_is_said_when_the_rank_that_says_it_is_slow(corpus: Path, tmp_path: Path) -> None:
+    """Bug: the first rank to end made torchrun kill the one that had not yet spoken, so nobody said what was wrong.
+
+    Fix: ranks that leave the word to another wait for it. Strategy: hold back the speaking rank for seconds.
+    """
+    held = tmp_path / "held.py"
+    held.write_text(
+        "import os, sys, time\n"
+        "from longctx.cli.main import main\n"
+        "time.sleep(4 if os.environ['RANK'] == '0' else 0)\n"
+        "sys.exit(main())\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", held, "train"]
+    done = subprocess.run(
+        [sys.executable, *command, *settings(corpus, tmp_path / "run"), "sequence.degree=3"],
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "3 does not divide the world of 2 ranks" in done.stderr

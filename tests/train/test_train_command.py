@@ -101,6 +101,7 @@ def test_a_degree_that_does_not_divide_the_world(
     # The other ranks of the node find the same and stop without a word.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("longctx.cli.train_cmd._GIVE_WAY_S", 0)
     assert main(["train", str(config), "sequence.degree=3"]) == 2
     assert capsys.readouterr().err == ""
 
