@@ -15,14 +15,27 @@ show_help() {
     sed -n '2,/^[^#]/{/^#/!d; s/^# \{0,1\}//; p}' "$1"
 }
 
-# Refuse an option ($1) that is the last word, or whose value ($2) is not a positive whole number.
-need_value() {
-    [ $# -ge 2 ] || fail "$1 needs a value; see --help"
-}
-
-need_number() {
-    need_value "$@"
-    [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 needs a whole number of at least 1, not '$2'"
+# Read the options before CONFIG into variables. Each word of $1 is NAME=number or NAME=value and sets $NAME, dashes turned
+# into underscores; --dry-run and --help are understood by all scripts. The rest goes to the array `config`.
+parse_options() {
+    local known=" $1 " name
+    shift
+    while [[ "${1:-}" = -* ]]; do
+        name=${1#--}
+        case $1 in
+            --dry-run) dry_run=1; shift; continue ;;
+            -h | --help) show_help "$0"; exit ;;
+        esac
+        [[ "$known" = *" $name="* ]] || fail "unknown option $1; see --help"
+        [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+        if [[ "$known" = *" $name=number "* && ! "$2" =~ ^[1-9][0-9]*$ ]]; then
+            fail "$1 needs a whole number of at least 1, not '$2'"
+        fi
+        printf -v "${name//-/_}" %s "$2"
+        shift 2
+    done
+    [ $# -ge 1 ] || fail "give a config: bash launch/${0##*/} [OPTION ...] CONFIG [section.key=value ...]; see --help"
+    config=("$@")
 }
 
 # GPUs of this machine, or 1.

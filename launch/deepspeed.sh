@@ -14,18 +14,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 hostfile="" nproc="" port=""
-while [ $# -gt 0 ]; do
-    case $1 in
-        --hostfile) need_value "$@"; hostfile=$2; shift 2 ;;
-        --nproc) need_number "$@"; nproc=$2; shift 2 ;;
-        --port) need_number "$@"; port=$2; shift 2 ;;
-        --dry-run) dry_run=1; shift ;;
-        -h | --help) show_help "$0"; exit ;;
-        -*) fail "unknown option $1; see --help" ;;
-        *) break ;;
-    esac
-done
-[ $# -ge 1 ] || fail "give a config: bash launch/deepspeed.sh CONFIG [section.key=value ...]"
+parse_options "hostfile=value nproc=number port=number" "$@"
 
 options=()
 if [ -n "$hostfile" ]; then
@@ -40,4 +29,4 @@ fi
 options+=(--master_port "${port:-29500}")
 if [ -n "$nproc" ]; then options+=(--num_gpus "$nproc"); fi
 
-launch deepspeed "${options[@]}" --no_local_rank --module longctx train "$@"
+launch deepspeed "${options[@]}" --no_local_rank --module longctx train "${config[@]}"

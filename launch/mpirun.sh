@@ -15,18 +15,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 np=$(default_processes) hostfile="" port=""
-while [ $# -gt 0 ]; do
-    case $1 in
-        --np) need_number "$@"; np=$2; shift 2 ;;
-        --hostfile) need_value "$@"; hostfile=$2; shift 2 ;;
-        --port) need_number "$@"; port=$2; shift 2 ;;
-        --dry-run) dry_run=1; shift ;;
-        -h | --help) show_help "$0"; exit ;;
-        -*) fail "unknown option $1; see --help" ;;
-        *) break ;;
-    esac
-done
-[ $# -ge 1 ] || fail "give a config: bash launch/mpirun.sh CONFIG [section.key=value ...]"
+parse_options "np=number hostfile=value port=number" "$@"
 
 # --oversubscribe: on a CPU there may be fewer cores than processes. --bind-to none: torch manages its own threads.
 options=(-np "$np" --oversubscribe --bind-to none)
@@ -40,4 +29,4 @@ address=${MASTER_ADDR:-${first:-127.0.0.1}}
 if [ -z "$hostfile" ]; then port=${port:-$(free_port)}; fi
 options+=(-x "MASTER_ADDR=$address" -x "MASTER_PORT=${port:-29500}" -x PATH)
 
-launch mpirun "${options[@]}" python -m longctx train "$@"
+launch mpirun "${options[@]}" python -m longctx train "${config[@]}"

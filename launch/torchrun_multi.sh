@@ -16,24 +16,13 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-nodes="" rdzv="" id=longctx address=()
+nodes="" rdzv="" id=longctx local_addr=""
 nproc=$(default_processes)
-while [ $# -gt 0 ]; do
-    case $1 in
-        --nodes) need_number "$@"; nodes=$2; shift 2 ;;
-        --nproc) need_number "$@"; nproc=$2; shift 2 ;;
-        --rdzv) need_value "$@"; rdzv=$2; shift 2 ;;
-        --id) need_value "$@"; id=$2; shift 2 ;;
-        --local-addr) need_value "$@"; address=(--local-addr "$2"); shift 2 ;;
-        --dry-run) dry_run=1; shift ;;
-        -h | --help) show_help "$0"; exit ;;
-        -*) fail "unknown option $1; see --help" ;;
-        *) break ;;
-    esac
-done
+parse_options "nodes=number nproc=number rdzv=value id=value local-addr=value" "$@"
 [ -n "$nodes" ] || fail "say how many machines take part: --nodes N"
 [[ "$rdzv" =~ .+:[0-9]+$ ]] || fail "say where the machines meet: --rdzv HOST:PORT"
-[ $# -ge 1 ] || fail "give a config: bash launch/torchrun_multi.sh --nodes N --rdzv HOST:PORT CONFIG [section.key=value ...]"
+address=()
+if [ -n "$local_addr" ]; then address=(--local-addr "$local_addr"); fi
 
 launch torchrun --nnodes "$nodes" --nproc-per-node "$nproc" --rdzv-backend c10d --rdzv-endpoint "$rdzv" \
-    --rdzv-id "$id" "${address[@]}" -m longctx train "$@"
+    --rdzv-id "$id" "${address[@]}" -m longctx train "${config[@]}"

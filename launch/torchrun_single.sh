@@ -12,15 +12,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 nproc=$(default_processes)
-while [ $# -gt 0 ]; do
-    case $1 in
-        --nproc) need_number "$@"; nproc=$2; shift 2 ;;
-        --dry-run) dry_run=1; shift ;;
-        -h | --help) show_help "$0"; exit ;;
-        -*) fail "unknown option $1; see --help" ;;
-        *) break ;;
-    esac
-done
-[ $# -ge 1 ] || fail "give a config: bash launch/torchrun_single.sh CONFIG [section.key=value ...]"
+parse_options "nproc=number" "$@"
 
-launch torchrun --standalone --nproc-per-node "$nproc" -m longctx train "$@"
+launch torchrun --standalone --nproc-per-node "$nproc" -m longctx train "${config[@]}"

@@ -6,40 +6,21 @@ are never empty and causal ones are square, so none of the three can occur here.
 
 import torch
 
-from longctx.attention.kernels.base import Gradients, Kernel, flipped
-from longctx.sequence.plan import Mask
+from longctx.attention.kernels.base import Gradients, Operands, flash_kernel
 
 
-def _batched(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[N, H, E] to the operator's [1, H, N, E], without a copy."""
-    return tuple(t.transpose(0, 1)[None] for t in tensors)
+def _forward(qkv: Operands, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, causal, scale=scale)
+    return out, lse
 
 
-def forward(
-    q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if mask == "anticausal":
-        q, k, v = flipped(q_NHE, k_MKE, v_MKE)
-        out, lse = forward(q, k, v, "causal", scale)
-        return out.flip(0), lse.flip(0)
-    q, k, v = _batched(q_NHE, k_MKE, v_MKE)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask == "causal", scale=scale)
-    return out[0].transpose(0, 1), lse[0].T
-
-
-def backward(
-    dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
-    out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
-) -> Gradients:  # fmt: skip
-    if mask == "anticausal":
-        dout, q, k, v, out, lse = flipped(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH)
-        dq, dk, dv = flipped(*backward(dout, q, k, v, out, lse, "causal", scale))
-        return dq, dk, dv
-    dout, q, k, v, out = _batched(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE)
+def _backward(
+    dout: torch.Tensor, qkv: Operands, out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float
+) -> Gradients:
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse_NH.T[None].contiguous(), 0.0, mask == "causal", scale=scale
+        dout, *qkv, out, lse, 0.0, causal, scale=scale
     )
-    return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
+    return dq, dk, dv
 
 
-CPU_FLASH = Kernel("cpu_flash", frozenset({torch.float64, torch.float32, torch.bfloat16}), forward, backward)
+CPU_FLASH = flash_kernel("cpu_flash", frozenset({torch.float64, torch.float32, torch.bfloat16}), _forward, _backward)
