@@ -1,7 +1,6 @@
 """Writing Hugging Face folders that transformers' Auto classes load: config, sharded safetensors, tokenizer."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longctx.config.schema import Model
+from longctx.data.folders import new_folder
 from longctx.errors import CheckpointError, ConfigError
 from longctx.model.decoder import CausalLM, parameter_shapes
 from longctx.model.families import to_hf_config, to_hf_name
 from longctx.model.tokenizer_export import export_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
+_CONTENT = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+"""What an export consists of; a folder that holds anything else is never replaced."""
 
 
 def save_hf(
@@ -36,53 +41,26 @@ def save_hf(
         model: a model, or its parameters by name: read one at a time, so a lazy mapping needs one shard of memory.
         tokenizer_dir: folder (or file) of the tokenizer to take along.
         dtype: dtype of the written weights; None keeps that of the embedding.
-        overwrite: replace an earlier export at ``folder``.
+        overwrite: replace an earlier export at ``folder``, if nothing else lies in it.
 
     Raises:
         ConfigError: the family cannot express the model.
-        CheckpointError: the folder exists or cannot be written, or a parameter is missing or of another shape.
-        DataError: the tokenizer cannot be read or converted.
+        CheckpointError: a parameter is missing or of another shape.
+        DataError: the folder exists or cannot be written, or the tokenizer cannot be read or converted.
     """
     if config.mixer != "softmax":
         raise ConfigError(
             f"model.mixer = {config.mixer!r} has no place in a {config.family} folder; only softmax exports"
         )
-    folder = Path(folder)
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype
     hf_config = to_hf_config(config, str(dtype).removeprefix("torch."))
-    _check_target(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(Path(folder), overwrite=overwrite, content=_CONTENT) as partial:
         _write_json(partial / "config.json", hf_config)
         _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
         if tokenizer_dir is not None:
             export_tokenizer(Path(tokenizer_dir), partial)
-        _replace(folder, partial)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{folder} already exists; choose another folder or allow it to be overwritten")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} exists and is no earlier export (no config.json); choose another folder")
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Put the finished folder in its place; an earlier export steps aside first and is deleted last."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_weights(

@@ -275,7 +275,7 @@ def test_export_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_export_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         ((folder, "--out", tmp_path / "x", "--family", "llama"), "set model.family to qwen3"),
-        ((folder, "--out", folder), "already exists"),
+        ((folder, "--out", folder), "already holds another result; choose another --out or add --overwrite"),
         ((folder, "--out", tmp_path / "x", "--max-shard", "many"), "--max-shard: 'many' is not a whole number"),
         ((tmp_path / "nothing", "--out", tmp_path / "x"), "nothing"),
     ]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longctx.config.schema import Model, Rope
-from longctx.errors import CheckpointError, ConfigError
+from longctx.errors import CheckpointError, ConfigError, DataError
 from longctx.model.decoder import CausalLM, parameter_shapes
 from longctx.model.families import FAMILIES, to_hf_config
 from longctx.model.hf import load_hf, read_hf_config, save_hf
@@ -294,22 +294,24 @@ def test_lazy_weights_are_read_once_each_and_checked(tmp_path: Path) -> None:
 
 
 def test_exports_replace_only_exports(tmp_path: Path) -> None:
+    """Bug: overwriting an export also deleted what the user had put beside it. Fix: only a folder that holds nothing
+    but an export's own files is replaced. Strategy: add a file to an export and export again."""
     model, folder = CausalLM(SMALL, seed=1), tmp_path / "out"
-    save_hf(model, SMALL, folder)
-    with pytest.raises(CheckpointError, match="already exists"):
+    save_hf(model, SMALL, folder, max_shard_bytes=2_000)
+    with pytest.raises(DataError, match="already holds another result"):
         save_hf(model, SMALL, folder)
     save_hf(CausalLM(SMALL, seed=2), SMALL, folder, overwrite=True)
+    thesis = folder / "thesis.tex"
+    thesis.write_text("years of work")
+    with pytest.raises(DataError, match=r"holds other files, such as thesis.tex"):
+        save_hf(model, SMALL, folder, overwrite=True)
+    assert thesis.read_text() == "years of work"
     loaded, _ = load_hf(folder)
     assert torch.equal(loaded.embed.weight, CausalLM(SMALL, seed=2).embed.weight)
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("")
-    with pytest.raises(CheckpointError, match="no earlier export"):
-        save_hf(model, SMALL, precious, overwrite=True)
-    with pytest.raises(CheckpointError, match="cannot write"):
-        save_hf(model, SMALL, precious / "thesis.txt" / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
-    assert {path.stat().st_mode for path in folder.iterdir()} == {(precious / "thesis.txt").stat().st_mode}
+    with pytest.raises(DataError, match="cannot write"):
+        save_hf(model, SMALL, thesis / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.stat().st_mode for path in folder.iterdir()} == {thesis.stat().st_mode}
 
 
 def test_bf16_export(tmp_path: Path) -> None:
