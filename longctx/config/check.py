@@ -14,10 +14,8 @@ from typing import Any
 from longctx.config.document import Document, KeyPath, dotted, read_document
 from longctx.config.hf_folder import read_hf_json
 from longctx.config.load import validate
-from longctx.config.schema import Config, Model
+from longctx.config.schema import MIXER_NAMES, Config, Model, Section
 from longctx.errors import ConfigError
-
-_FREE_BESIDE_HF = {"from_hf", "rope", "max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,17 @@ def find_problems(config: Config, world: int | None = None) -> list[Problem]:
     return problems
 
 
+def fitting_degrees(world: int) -> str:
+    """Sequence degrees a world of ranks can be cut into, as a list to read."""
+    degrees = [str(count) for count in range(1, world + 1) if world % count == 0]
+    return ", ".join(degrees if len(degrees) <= 12 else [*degrees[:11], "..."])
+
+
 def _world(config: Config, world: int) -> Iterator[Problem]:
     degree, train = config.sequence.degree, config.train
     if world % degree:
-        fitting = [str(count) for count in range(1, world + 1) if world % count == 0]
-        choices = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "..."])
-        yield Problem(
-            ("sequence", "degree"), f"{degree} does not divide the world of {world} ranks; use one of {choices}"
-        )
+        message = f"{degree} does not divide the world of {world} ranks; use one of {fitting_degrees(world)}"
+        yield Problem(("sequence", "degree"), message)
         return
     data = world // degree
     if train.batch % (data * train.micro_batch):
@@ -76,6 +77,34 @@ def _world(config: Config, world: int) -> Iterator[Problem]:
             f"{train.batch} is not a multiple of {data * train.micro_batch}, which is train.micro_batch "
             f"{train.micro_batch} x {data} data ranks ({world} ranks / sequence.degree {degree})",
         )
+
+
+def _without_effect(section: Section, path: KeyPath = ()) -> Iterator[Problem]:
+    """What was set in a section, or one inside it, and would be ignored beside the rest of that section."""
+    idle = section.idle()
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name not in section.model_fields_set or value is None:
+            continue
+        if name in idle:
+            yield Problem((*path, name), f"has no effect: {idle[name]}; leave it out")
+        elif isinstance(value, Section):
+            yield from _without_effect(value, (*path, name))
+        elif isinstance(value, tuple):
+            inner = [(index, item) for index, item in enumerate(value) if isinstance(item, Section)]
+            yield from (problem for index, item in inner for problem in _without_effect(item, (*path, name, index)))
+
+
+def _engine(config: Config) -> Iterator[Problem]:
+    if config.engine.kind == "torch" and config.train.precision != "fp32":
+        yield Problem(
+            ("train", "precision"), "engine.kind torch trains in fp32 only; use fp32 or engine.kind deepspeed"
+        )
+
+
+def _mixer(config: Config) -> Iterator[Problem]:
+    if config.model.mixer not in MIXER_NAMES:
+        yield Problem(("model", "mixer"), f"{config.model.mixer!r} is unknown; choices: {', '.join(MIXER_NAMES)}")
 
 
 def _sequence(config: Config) -> Iterator[Problem]:
@@ -102,11 +131,7 @@ def _train(config: Config) -> Iterator[Problem]:
 def _schedule(config: Config) -> Iterator[Problem]:
     train, schedule = config.train, config.train.schedule
     where = ("train", "schedule")
-    if schedule.kind != "wsd" and schedule.decay is not None:
-        yield Problem(
-            (*where, "decay"), f"only kind wsd has a final decay, {schedule.kind} does not; leave it out or use wsd"
-        )
-    elif schedule.kind == "wsd" and schedule.warmup + train.decay_steps > train.steps:
+    if schedule.kind == "wsd" and schedule.warmup + train.decay_steps > train.steps:
         total = f"warmup {schedule.warmup} + decay {train.decay_steps}"
         yield Problem(where, f"{total} is more than train.steps {train.steps}; shorten them")
     elif schedule.warmup > train.steps:
@@ -115,8 +140,6 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 def _rope(config: Config) -> Iterator[Problem]:
     model, rope = config.model, config.model.rope
-    if model.window_layers is not None and model.sliding_window is None and model.from_hf is None:
-        yield Problem(("model", "window_layers"), "has no effect without model.sliding_window; set both or neither")
     base = rope.original_max_position_embeddings
     limit = model.max_position_embeddings or config.sequence.length
     if rope.rope_type in ("yarn", "longrope", "llama3") and base is None:
@@ -145,10 +168,6 @@ def _from_hf(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.from_hf is None:
         return
-    for name, field in Model.model_fields.items():
-        if name not in _FREE_BESIDE_HF and getattr(model, name) != field.get_default():
-            message = f"comes from model.from_hf ({model.from_hf}) and cannot be set beside it; leave it out"
-            yield Problem(("model", name), message)
     try:
         read_hf_json(model.from_hf)
     except ConfigError as error:
@@ -169,8 +188,6 @@ def _data(config: Config) -> Iterator[Problem]:
             continue
         fingerprints[str(manifest["tokenizer"]["fingerprint"])] = source.path
         yield from _fits(config, manifest, where)
-        if source.long_repeat > 1 and source.long_documents is None:
-            yield Problem((*where[:3], "long_repeat"), "has no effect without long_documents; set both or neither")
     if len(fingerprints) > 1:
         folders = " and ".join(map(str, list(fingerprints.values())[:2]))
         yield Problem(("data", "sources"), f"{folders} were built with different tokenizers; build them with one")
@@ -211,7 +228,7 @@ def _packages(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    _run, _from_hf, _rope, _data, _sequence, _train, _packages,
+    _without_effect, _run, _from_hf, _mixer, _rope, _data, _sequence, _train, _engine, _packages,
 )  # fmt: skip
 
 

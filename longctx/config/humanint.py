@@ -1,9 +1,7 @@
 """Integers as people write them: ``128k`` is 128,000, ``1Mi`` is 1,048,576, ``1_000`` and ``2^20`` work too."""
 
 import re
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import Any
 
 _SUFFIXES = {
     "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12,
@@ -37,6 +35,3 @@ def parse_int(value: Any) -> Any:
     if rest:
         raise ValueError(f"{value!r} is not a whole number")
     return scaled
-
-
-HumanInt = Annotated[int, BeforeValidator(parse_int)]

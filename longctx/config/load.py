@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from longctx.config.document import Document, Dumper, KeyPath, dotted, read_document
-from longctx.config.schema import Config
+from longctx.config.schema import Config, Section
 from longctx.errors import ConfigError
 
 
@@ -50,13 +50,28 @@ def validate(document: Document) -> tuple[Config | None, list[str]]:
 
 
 def dump_config(config: Config) -> str:
-    """YAML of the resolved config; :func:`load_config` reads it back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """YAML of the resolved config; :func:`load_config` reads it back to an equal object.
+
+    Defaults without effect (see ``Section.idle``) are left out: they would read as settings that were chosen.
+    """
+    return yaml.dump(_effective(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> str:
     """JSON schema of a config file, for editors."""
     return json.dumps(Config.model_json_schema(), indent=2)
+
+
+def _effective(section: Section) -> dict[str, Any]:
+    values = section.model_dump(mode="json", exclude=section.idle().keys() - section.model_fields_set)
+    for name in values:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            values[name] = _effective(value)
+        elif isinstance(value, tuple):
+            items = zip(value, values[name], strict=True)
+            values[name] = [_effective(item) if isinstance(item, Section) else plain for item, plain in items]
+    return values
 
 
 def _is_echo(fault: dict[str, Any], faults: list[dict[str, Any]]) -> bool:

@@ -1,6 +1,6 @@
 """The typed configuration of a run. Imports no torch and has no side effects.
 
-Sizes in tokens or bytes are :data:`HumanInt` (``128k``, ``1Mi``). Every section refuses unknown keys.
+Whole numbers may be written ``128k`` or ``1Mi`` (see :func:`parse_int`). Every section refuses unknown keys.
 """
 
 from pathlib import Path
@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-from longctx.config.humanint import HumanInt, parse_int
+from longctx.config.humanint import parse_int
 
 Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(ge=0)]
+
+MIXER_NAMES = ("softmax",)
+"""What ``model.mixer`` may name; ``longctx.mixers.MIXERS`` holds the classes, which need torch."""
 
 
 class Section(BaseModel):
@@ -20,6 +23,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    def idle(self) -> dict[str, str]:
+        """Fields without effect beside the values of the others, and why; setting one of them is a fault."""
+        return {}
 
 
 class Rope(Section):
@@ -31,15 +38,15 @@ class Rope(Section):
     partial_rotary_factor: float = Field(1.0, gt=0, le=1)
     original_max_position_embeddings: Count | None = None
     attention_factor: float | None = Field(None, gt=0)
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    beta_fast: float | None = Field(None, gt=0)
+    beta_slow: float | None = Field(None, gt=0)
+    mscale: float | None = Field(None, gt=0)
+    mscale_all_dim: float | None = Field(None, gt=0)
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    low_freq_factor: float | None = Field(None, gt=0)
+    high_freq_factor: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _complete(self) -> "Rope":
@@ -53,6 +60,34 @@ class Rope(Section):
         if missing:
             raise ValueError(f"rope_type {self.rope_type!r} also needs {', '.join(missing)}")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        users = {key: [kind for kind, keys in _ROPE_KEYS.items() if key in keys] for key in Rope.model_fields}
+        unused = {
+            key: f"rope_type {self.rope_type} does not use it; of use to {', '.join(kinds)}"
+            for key, kinds in users.items()
+            if kinds and self.rope_type not in kinds
+        }
+        if self.attention_factor is not None:
+            replaced = {"yarn": ("mscale", "mscale_all_dim"), "longrope": ("factor",)}.get(self.rope_type, ())
+            return unused | dict.fromkeys(replaced, "attention_factor replaces it")
+        if self.rope_type == "yarn" and not (self.mscale and self.mscale_all_dim):
+            unused |= dict.fromkeys(("mscale", "mscale_all_dim"), "yarn uses mscale and mscale_all_dim only together")
+        return unused
+
+
+_ROPE_KEYS = {
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}  # fmt: skip
+"""What each type reads besides ``rope_theta`` and ``partial_rotary_factor``, which all read."""
 
 
 class Model(Section):
@@ -68,7 +103,7 @@ class Model(Section):
     head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_heads")
     intermediate_size: Count | None = Field(None, description="default: 8/3 hidden_size, rounded up to 64")
     max_position_embeddings: Count | None = Field(None, description="default: sequence.length")
-    mixer: str = Field("softmax", description="sequence mixer of every layer, by its name in longctx.mixers.MIXERS")
+    mixer: str = Field("softmax", description="sequence mixer of every layer, one of MIXER_NAMES")
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -96,6 +131,14 @@ class Model(Section):
             raise ValueError(f"head_dim {self.head_size} * rope.partial_rotary_factor must be even")
         return self
 
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        if self.from_hf is not None:
+            reason = f"it comes from model.from_hf ({self.from_hf})"
+            replaced = {"rope", "max_position_embeddings"} & self.model_fields_set
+            return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - replaced, reason)
+        return {} if self.sliding_window else {"window_layers": "there is no model.sliding_window"}
+
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
@@ -121,6 +164,12 @@ class Source(Section):
     weight: float = Field(1.0, gt=0)
     long_documents: Count | None = Field(None, description="documents of at least this many tokens are repeated")
     long_repeat: float = Field(1.0, ge=1, description="how often a long document appears per epoch")
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        if self.long_documents is None:
+            return {"long_repeat": "there is no long_documents"}
+        return {} if "long_repeat" in self.model_fields_set else {"long_documents": "there is no long_repeat"}
 
 
 class Data(Section):
@@ -148,6 +197,15 @@ class Schedule(Section):
         None, description="wsd: steps of the final decay; default: a tenth of train.steps"
     )
     final: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of train.lr")
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        kinds = {"final": ("cosine", "wsd"), "decay": ("wsd",)}
+        return {
+            key: f"kind {self.kind} does not use it; of use to {', '.join(users)}"
+            for key, users in kinds.items()
+            if self.kind not in users
+        }
 
 
 class Train(Section):
@@ -178,8 +236,13 @@ class Train(Section):
 
 class Engine(Section):
     kind: Literal["deepspeed", "torch"] = "deepspeed"
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Literal[0, 1, 2, 3] = Field(1, description="deepspeed: ZeRO stage")
     options: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed settings, merged as they are")
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        reason = "engine.kind torch shards nothing and reads no DeepSpeed settings (engine={kind: torch} drops them)"
+        return dict.fromkeys(("zero", "options"), reason) if self.kind == "torch" else {}
 
     @model_validator(mode="after")
     def _ours(self) -> "Engine":
@@ -249,6 +312,6 @@ class Config(Section):
 
 
 __all__ = [
-    "Checkpoint", "Config", "Data", "Engine", "HumanInt", "Model", "Rope", "Runtime", "Schedule", "Section",
+    "Checkpoint", "Config", "Data", "Engine", "Model", "Rope", "Runtime", "Schedule", "Section",
     "Sequence", "Source", "Trackers", "Train",
 ]  # fmt: skip

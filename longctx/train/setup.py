@@ -65,10 +65,9 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
     """
     if config.model.from_hf is not None:
         base = read_hf_config(config.model.from_hf)
-        # Not "which fields were set": the config stored with a run sets them all.
-        keys = ("rope", "max_position_embeddings")
-        chosen = [key for key in keys if getattr(config.model, key) != Model.model_fields[key].default]
-        model = base.model_copy(update={key: getattr(config.model, key) for key in chosen})
+        replaced = {key: getattr(config.model, key) for key in ("rope", "max_position_embeddings")}
+        chosen = {key: value for key, value in replaced.items() if key in config.model.model_fields_set and value}
+        model = base.model_copy(update=chosen)
     else:
         model = config.model
     update: dict[str, int] = {}

@@ -1,19 +1,22 @@
 """Rules across sections and against files: each fault is found, named and alone."""
 
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from config_files import corpus, hf_folder, write_runnable
+from config_files import corpus, hf_folder, write, write_runnable
 
-from longctx.config.check import find_problems, load_checked
-from longctx.config.load import load_config
-from longctx.config.schema import Config, Model
+from longctx.config.check import find_problems, fitting_degrees, load_checked
+from longctx.config.load import dump_config, load_config
+from longctx.config.schema import MIXER_NAMES, Config, Model, Rope
 from longctx.config.summary import count_parameters, summarize
 from longctx.errors import ConfigError
+from longctx.mixers import MIXERS
+from longctx.positions.rope import RotaryEmbedding
 
 
 def problems(folder: Path, *overrides: str, world: int | None = None) -> list[str]:
@@ -34,12 +37,17 @@ def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
         ("train.schedule.warmup=11", "train.schedule.warmup: 11 is more than train.steps 10"),
         ("train.schedule={kind: wsd, warmup: 6, decay: 5}", "train.schedule: warmup 6 + decay 5 is more than"),
         ("train.schedule={kind: wsd, warmup: 10}", "train.schedule: warmup 10 + decay 1 is more than"),
-        ("train.schedule.decay=3", "train.schedule.decay: only kind wsd has a final decay, cosine does not"),
+        ("train.schedule.decay=3", "train.schedule.decay: has no effect: kind cosine does not use it; of use to wsd"),
+        ("train.schedule={kind: constant, final: 0.1}", "train.schedule.final: has no effect: kind constant does not"),
+        ("train={steps: 10, precision: bf16}", "train.precision: engine.kind torch trains in fp32 only"),
+        ("engine.zero=1", "engine.zero: has no effect: engine.kind torch shards nothing"),
+        ("engine.options={wall_clock_breakdown: true}", "engine.options: has no effect: engine.kind torch"),
+        ("model.mixer=softmx", "model.mixer: 'softmx' is unknown; choices: softmax"),
         ("sequence={length: 2, degree: 3}", "sequence.length: 2 tokens cannot be cut over 3 ranks"),
         ("model.max_position_embeddings=63", "model.max_position_embeddings: 63 is below sequence.length 64"),
         ("model.vocab_size=299", "model.vocab_size: 299 is below the 300 tokens of the corpus' tokenizer"),
         ("sequence.length=1001", "holds 1000 training tokens, fewer than sequence.length 1001"),
-        ("model.window_layers=[true,false,true,true]", "model.window_layers: has no effect without"),
+        ("model.window_layers=[true,false,true,true]", "model.window_layers: has no effect: there is no"),
         ("model.rope={rope_type: yarn, factor: 4}", "model.rope: yarn needs original_max_position_embeddings"),
         (
             "model.rope={rope_type: yarn, original_max_position_embeddings: 65}",
@@ -56,13 +64,82 @@ def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
             "model.rope.low_freq_factor: 4.0 must be below high_freq_factor 4.0",
         ),
         ("data.tokenizer=nowhere", "data.tokenizer: nowhere does not exist"),
-        ("data.sources.0.long_repeat=2", "data.sources.0.long_repeat: has no effect without long_documents"),
+        ("data.sources.0.long_repeat=2", "data.sources.0.long_repeat: has no effect: there is no long_documents"),
+        ("data.sources.0.long_documents=9", "data.sources.0.long_documents: has no effect: there is no long_repeat"),
         ("data.sources.0.path=nowhere", "data.sources.0.path: the corpus nowhere does not exist; build it with"),
         ("run=/dev/null/x", "run: /dev/null/x cannot be a folder: /dev/null is a file"),
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, override: str, says: str) -> None:
-    assert says in "\n".join(problems(tmp_path, override))
+    assert says in "\n".join(problems(tmp_path, "engine.kind=torch", override))
+
+
+SCALED = "original_max_position_embeddings: 32"
+LLAMA3 = "factor: 8, low_freq_factor: 1, high_freq_factor: 4"
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ("factor: 8", ["factor: has no effect: rope_type default does not use it; of use to linear, dynamic, yarn"]),
+        ("rope_type: linear, factor: 8, beta_fast: 3", ["beta_fast: has no effect: rope_type linear does not use it"]),
+        (f"rope_type: dynamic, factor: 8, {SCALED}", ["original_max_position_embeddings: has no effect: rope_type"]),
+        (f"rope_type: llama3, {LLAMA3}, {SCALED}, mscale: 1, truncate: false", ["mscale: ", "truncate: "]),
+        (f"rope_type: yarn, {LLAMA3}, {SCALED}", ["high_freq_factor: ", "low_freq_factor: "]),
+        (f"rope_type: yarn, {SCALED}, mscale: 1", ["mscale: has no effect: yarn uses mscale and mscale_all_dim only"]),
+        (
+            f"rope_type: yarn, {SCALED}, mscale: 1, mscale_all_dim: 1, attention_factor: 2",
+            ["mscale: has no effect: attention_factor replaces it", "mscale_all_dim: "],
+        ),
+        ("rope_theta: 1e6, partial_rotary_factor: 0.5, beta_slow: null", []),
+        (f"rope_type: yarn, {SCALED}, factor: 2, beta_fast: 20, beta_slow: 2, mscale: 1, mscale_all_dim: 1", []),
+        (f"rope_type: llama3, {LLAMA3}, {SCALED}", []),
+    ],
+)
+def test_rope_keys_that_the_type_does_not_use(tmp_path: Path, rope: str, says: list[str]) -> None:
+    """Bug: ``rope: {factor: 8}`` without a type, and every key of another type, was accepted and ignored.
+
+    Fix: each type lists what it reads. Strategy: keys of other types, alone and beside their own type's.
+    """
+    found = problems(tmp_path, f"model.rope={{{rope}}}")
+    assert len(found) == len(says)
+    assert all(line.startswith(f"model.rope.{start}") for line, start in zip(sorted(found), says, strict=True)), found
+
+
+@pytest.mark.parametrize("rope_type", typing.get_args(Rope.model_fields["rope_type"].annotation))
+def test_rope_keys_are_idle_exactly_where_the_rotation_ignores_them(rope_type: str) -> None:
+    """Change one key at a time: frequencies or scale must change if, and only if, the key counts as used."""
+    given: dict[str, Any] = {
+        "rope_type": rope_type, "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 16,
+        "beta_fast": 1.0, "beta_slow": 0.25, "truncate": False, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "short_factor": (1.0, 2.0, 3.0, 4.0), "long_factor": (2.0, 3.0, 4.0, 5.0), "mscale": 1.0, "mscale_all_dim": 2.0,
+    }  # fmt: skip
+    others = {
+        "factor": 3.0, "original_max_position_embeddings": 12, "beta_fast": 0.9, "beta_slow": 0.3, "truncate": True,
+        "low_freq_factor": 0.5, "high_freq_factor": 5.0, "short_factor": (1.5,) * 4, "long_factor": (2.5,) * 4,
+        "mscale": 3.0, "mscale_all_dim": 3.0,
+    }  # fmt: skip
+
+    def rotation(values: dict[str, Any]) -> list[float]:
+        rotary = RotaryEmbedding(Rope.model_validate(values), 8, 24)
+        tables = [rotary.inv_freq(length, torch.float64) for length in (10, 60)]
+        return [*torch.cat(tables).tolist(), rotary.attention_factor]
+
+    before, idle = rotation(given), Rope.model_validate(given).idle()
+    for key, value in others.items():
+        assert (rotation({**given, key: value}) == before) == (key in idle), key
+    assert "rope_theta" not in idle
+
+
+def test_zero_is_no_beta() -> None:
+    """Bug: ``beta_fast: 0`` silently became 32. Fix: it must be positive. Strategy: zero for each such key."""
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"):
+        with pytest.raises(ValueError, match="greater than 0"):
+            Rope.model_validate({key: 0})
+
+
+def test_the_mixers_that_may_be_named_are_those_that_exist() -> None:
+    assert set(MIXER_NAMES) == set(MIXERS)
 
 
 def test_exact_limits_are_fine(tmp_path: Path) -> None:
@@ -103,6 +180,12 @@ def test_world(tmp_path: Path, degree: int, world: int, says: list[str]) -> None
     found = problems(tmp_path, f"sequence.degree={degree}", world=world)
     assert len(found) == len(says)
     assert all(line.startswith(start) for line, start in zip(found, says, strict=True))
+
+
+def test_fitting_degrees() -> None:
+    assert fitting_degrees(12) == "1, 2, 3, 4, 6, 12"
+    assert fitting_degrees(7) == "1, 7"
+    assert fitting_degrees(720).endswith(", 12, 15, ...")
 
 
 def damage(folder: Path, text: str) -> None:
@@ -148,7 +231,36 @@ def test_shapes_beside_an_hf_folder_are_refused(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "hf")
     found = problems(tmp_path, f"model.from_hf={folder}", "model.num_layers=7", "model.family=qwen2")
     assert [line.split(":")[0] for line in found] == ["model.family", "model.num_layers"]
-    assert "cannot be set beside it" in found[0]
+    assert found[0].endswith(f"has no effect: it comes from model.from_hf ({folder}); leave it out")
+
+
+def test_shapes_that_equal_the_default_are_refused_too(tmp_path: Path) -> None:
+    """Bug: a shape beside model.from_hf was refused only where it differed from the schema's default.
+
+    Fix: what counts is whether it was set. Strategy: set defaults, and read a stored config back.
+    """
+    override = f"model.from_hf={hf_folder(tmp_path / 'hf')}"
+    assert [line.split(":")[0] for line in problems(tmp_path, override, "model.num_layers=4")] == ["model.num_layers"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.from_hf={hf}"],
+        ["model.from_hf={hf}", "model.rope.rope_theta=10000"],
+        ["engine={{kind: torch}}", "train.schedule.kind=constant"],
+        [],
+    ],
+)
+def test_a_stored_config_has_no_more_problems_than_its_source(tmp_path: Path, overrides: list[str]) -> None:
+    hf = hf_folder(tmp_path / "hf")
+    config = load_config(write_runnable(tmp_path), [override.format(hf=hf) for override in overrides])
+    again = load_config(write(tmp_path, dump_config(config), "stored.yaml"))
+    assert again == config
+    assert find_problems(again) == find_problems(config) == []
+    assert dump_config(again) == dump_config(config)
+    if config.model.from_hf:
+        assert again.model.model_fields_set == config.model.model_fields_set
 
 
 @pytest.mark.parametrize(

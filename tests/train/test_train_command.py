@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ import yaml
 from corpora import SmallCorpus, build_small
 
 from longctx.cli.main import main
+from longctx.config.load import dump_config, load_config
+from longctx.config.schema import Config, Model, Rope
+from longctx.model.decoder import CausalLM
+from longctx.model.hf_save import save_hf
+from longctx.train.setup import resolve_model
 
+SHAPE = Model(
+    vocab_size=20, hidden_size=8, num_layers=1, num_heads=2, max_position_embeddings=64, rope=Rope(rope_theta=5e5)
+)
 DEEPSPEED = {"kind": "deepspeed", "zero": 2}
 
 
@@ -92,6 +101,25 @@ def test_an_unsupported_architecture(config: Path, tmp_path: Path, capsys: pytes
     refused(config, "MambaForCausalLM", capsys)
 
 
+def test_settings_beside_an_hf_folder_count_even_when_they_are_the_defaults(tmp_path: Path) -> None:
+    """Bug: ``model.rope.rope_theta=10000`` beside model.from_hf was dropped because it equals the schema's default.
+
+    Fix: what counts is whether it was set. Strategy: a folder with another base, with and without the setting, also
+    read back from the stored config.
+    """
+    folder = tmp_path / "hf"
+    save_hf(CausalLM(SHAPE, seed=0), SHAPE, folder)
+    tokenizer = SimpleNamespace(vocab_size=20, eos_id=1, bos_id=None)
+    for rope, theta in (({}, 5e5), ({"rope": {"rope_theta": 10_000}}, 1e4)):
+        values = {"run": "r", "data": {"sources": [{"path": "c"}]}, "sequence": {"length": 8}, "train": {"steps": 1}}
+        config = Config.model_validate({**values, "model": {"from_hf": str(folder), **rope}})
+        stored = tmp_path / "stored.yaml"
+        stored.write_text(dump_config(config))
+        for read in (config, load_config(stored)):
+            model = resolve_model(read, tokenizer)  # type: ignore[arg-type]
+            assert (model.rope.rope_theta, model.max_position_embeddings) == (theta, 64)
+
+
 def test_a_degree_that_does_not_divide_the_world(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +129,7 @@ def test_a_degree_that_does_not_divide_the_world(
     # The other ranks of the node find the same and stop without a word.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("longctx.cli.train_cmd._GIVE_WAY_S", 0)
+    monkeypatch.setattr("longctx.cli.options._GIVE_WAY_S", 0)
     assert main(["train", str(config), "sequence.degree=3"]) == 2
     assert capsys.readouterr().err == ""
 
