@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from longctx.config.check import fitting_degrees
 from longctx.errors import ConfigError
 
 
@@ -51,6 +52,12 @@ class Mesh:
             dist.all_reduce(tensor, op=op, group=self.world.handle)
         return tensor
 
+    def gather(self, number: int) -> list[int]:
+        """The number of every rank of the world, in rank order."""
+        numbers = torch.zeros(self.world.size, dtype=torch.int64, device=self.device)
+        numbers[self.world.rank] = number
+        return [int(n) for n in self.all_reduce(numbers).tolist()]
+
     def barrier(self) -> None:
         if self.world.size > 1:
             dist.barrier(group=self.world.handle)
@@ -72,7 +79,7 @@ def build_mesh(sequence_degree: int, device: torch.device, timeout_s: int = 600)
     if world_size % sequence_degree:
         raise ConfigError(
             f"sequence.degree = {sequence_degree} does not divide the world of {world_size} processes; "
-            f"choose one of {divisors(world_size)} or start another number of processes"
+            f"choose one of {fitting_degrees(world_size)} or start another number of processes"
         )
     world = Group(rank, tuple(range(world_size)), dist.group.WORLD, dist.group.WORLD)
     rows = [tuple(range(i, i + sequence_degree)) for i in range(0, world_size, sequence_degree)]
@@ -80,10 +87,6 @@ def build_mesh(sequence_degree: int, device: torch.device, timeout_s: int = 600)
     limit = timedelta(seconds=timeout_s)
     sequence, data = _join(rows, rank, limit), _join(columns, rank, limit)
     return Mesh(world, data, sequence, device)
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _join(groups: list[tuple[int, ...]], rank: int, limit: timedelta) -> Group:
