@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from longctx.cli.options import give_way
+
 HELP = "perplexity by position and needle retrieval of a run, checkpoint or Hugging Face folder"
 
 
@@ -23,20 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print a table and where the results lie."""
-    # Bad numbers are refused before anything heavy is imported.
-    numbers = _numbers(args)
-    if not args.model.exists():
-        from longctx.errors import LongctxError
+    """Evaluate, print a table and where the results lie. Raises LongctxError for bad input, on one rank."""
+    from longctx.errors import LongctxError
+    from longctx.runtime.launcher import read_launch
 
-        raise LongctxError(f"no model at {args.model}; give a run folder, a checkpoint or a Hugging Face folder")
+    launch = read_launch()
+    try:
+        # Bad numbers are refused before anything heavy is imported.
+        numbers = _numbers(args)
+        if not args.model.exists():
+            raise LongctxError(f"no model at {args.model}; give a run folder, a checkpoint or a Hugging Face folder")
+    except LongctxError:
+        # Every rank finds the same faults; one per node says them, since nodes may hold different files.
+        if launch.local_rank == 0:
+            raise
+        return give_way()
+    return _evaluate(args, numbers)
+
+
+def _evaluate(args: argparse.Namespace, numbers: dict[str, Any]) -> int:
     from rich.console import Console
 
     from longctx.eval.run import TASKS, Request, evaluate, read_results
     from longctx.report.evaluation import results_table
+    from longctx.runtime.agreement import FailedElsewhere
 
     tasks = tuple(args.tasks.split(",")) if args.tasks is not None else TASKS
-    written = evaluate(Request(model=args.model, corpus=args.corpus, tasks=tasks, out=args.out, **numbers))
+    try:
+        written = evaluate(Request(model=args.model, corpus=args.corpus, tasks=tasks, out=args.out, **numbers))
+    except FailedElsewhere:
+        return give_way()
     if written:
         Console(highlight=False).print(results_table(read_results(written)))
         print(*written, sep="\n")

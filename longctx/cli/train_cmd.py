@@ -1,18 +1,15 @@
 """``longctx train``: train, or go on from the newest checkpoint in the run folder."""
 
 import argparse
-import time
 import typing
 
-from longctx.cli.options import add_config_arguments
+from longctx.cli.options import add_config_arguments, give_way
 
 if typing.TYPE_CHECKING:
     from longctx.config.schema import Config
     from longctx.runtime.launcher import Launch
 
 HELP = "train a model, or continue the run in its folder"
-
-_GIVE_WAY_S = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         # Every rank finds the same faults; one per node says them, since nodes may hold different files.
         if launch.local_rank == 0:
             raise
-        return _give_way()
+        return give_way()
     return _train(config, launch)
 
 
@@ -58,21 +55,12 @@ def _train(config: "Config", launch: "Launch") -> int:
         with joined_world(config.runtime, config.sequence.degree) as mesh:
             build_trainer(config, mesh).run()
     except FailedElsewhere:
-        return _give_way()
+        return give_way()
     except TrainingFailed:
         if launch.rank == 0:
             raise
-        return _give_way()
+        return give_way()
     return 0
-
-
-def _give_way() -> int:
-    """Let another rank say what is wrong: launchers kill all ranks, the one that speaks too, as soon as one ends.
-
-    Once that rank has ended the launcher stops this one; for a launcher that does not, the wait has a limit.
-    """
-    time.sleep(_GIVE_WAY_S)
-    return 2
 
 
 def check_config(config: "Config", world: int) -> None:

@@ -11,6 +11,7 @@ text, so scores are not RULER scores. Two measures per sample:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 from longctx.errors import DataError, LongctxError
 from longctx.eval.scoring import LanguageModel, Prompt
+from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 
 Int64Array = npt.NDArray[np.int64]
@@ -209,18 +211,21 @@ def needle_retrieval(
     Every sample runs whole on one rank, whatever the world's size.
     """
     cells = [(length, depth) for length in lengths for depth in depths]
-    # Refuse a length that is too short before any sample is scored.
-    for length, depth in cells:
-        for number in range(samples):
-            task.check(length, depth, number)
     scores_C2 = torch.zeros(len(cells), 2, dtype=torch.float64)
-    for cell, number in _share(len(cells), samples, mesh):
-        sample = task.sample(*cells[cell], number)
-        prompt = Prompt(model, sample.prompt, mesh.device)
-        scores_C2[cell, 0] += choice_score([prompt.log_prob(candidate) for candidate in sample.candidates])
-        answer = tokenizer.decode(prompt.greedy(sample.new_tokens, tokenizer.eos_id))
-        scores_C2[cell, 1] += sample.value in answer
-        advance()
+
+    def score_share() -> None:
+        # Refuse a length that is too short before any sample is scored.
+        for (length, depth), number in product(cells, range(samples)):
+            task.check(length, depth, number)
+        for cell, number in _share(len(cells), samples, mesh):
+            sample = task.sample(*cells[cell], number)
+            prompt = Prompt(model, sample.prompt, mesh.device)
+            scores_C2[cell, 0] += choice_score([prompt.log_prob(candidate) for candidate in sample.candidates])
+            answer = tokenizer.decode(prompt.greedy(sample.new_tokens, tokenizer.eos_id))
+            scores_C2[cell, 1] += sample.value in answer
+            advance()
+
+    agree(mesh, score_share)
     means = (mesh.all_reduce(scores_C2.to(mesh.device)) / samples).tolist()
     return {
         "chance": task.chance,

@@ -15,6 +15,7 @@ import torch
 
 from longctx.errors import DataError, LongctxError
 from longctx.eval.scoring import CHUNK, IGNORED, LanguageModel, token_nll
+from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
@@ -67,7 +68,7 @@ def by_position(
         advance: called after every row.
 
     Raises:
-        LongctxError: the model's loss is not finite.
+        LongctxError: the model's loss is not finite, or the rows hold no target.
     """
     num_bins = (rows.length - 1).bit_length() + 1
     sums_K, counts_K = torch.zeros(2, num_bins, dtype=torch.float64)
@@ -84,7 +85,8 @@ def by_position(
         advance()
     packed = torch.cat([sums_K, counts_K, torch.tensor([float(num_bytes)], dtype=torch.float64)])
     packed = mesh.all_reduce(packed.to(mesh.device)).cpu()
-    return _summary(packed[:num_bins].tolist(), packed[num_bins : 2 * num_bins].tolist(), int(packed[-1]))
+    sums, counts = packed[:-1].view(2, num_bins).tolist()
+    return agree(mesh, lambda: _summary(sums, counts, int(packed[-1])))
 
 
 def context_gain(

@@ -21,6 +21,7 @@ from longctx.eval.perplexity import by_position, context_gain
 from longctx.eval.results import prepare_folder, write_result
 from longctx.eval.scoring import LanguageModel
 from longctx.eval.unigram import unigram
+from longctx.runtime.agreement import agree
 from longctx.runtime.launcher import read_launch
 from longctx.runtime.mesh import Mesh, alone
 from longctx.runtime.process import joined_world
@@ -64,6 +65,7 @@ class _Subject:
     train: Corpus
     valid: Corpus
     length: int
+    out: Path
 
 
 def evaluate(request: Request) -> list[Path]:
@@ -72,28 +74,23 @@ def evaluate(request: Request) -> list[Path]:
     Returns the written files (empty on all ranks but the first).
 
     Raises:
-        LongctxError: unknown task, no corpus, a tokenizer that is not the corpus's, an unusable model or folder.
+        LongctxError: unknown task, no corpus, a tokenizer that is not the corpus's, an unusable model or folder;
+            :class:`FailedElsewhere` on all ranks but the one that says so.
     """
-    unknown = [task for task in request.tasks if task not in TASKS]
-    if unknown or not request.tasks:
-        raise LongctxError(f"unknown task {', '.join(unknown) or '(none)'}; choose from {', '.join(TASKS)}")
-    run = find_run(request.model)
-    config = load_config(run / "config.yaml") if run else None
-    corpus = request.corpus or _corpus_of(config, request.model)
-    out = request.out or (run or request.model) / "eval"
     with _world() as mesh:
-        subject = _open(request, corpus, config, mesh)
-        if mesh.is_first:
-            prepare_folder(out)
-        mesh.barrier()
-        common = {"model": str(request.model), "corpus": str(corpus), "seed": request.seed, "world": mesh.world.size}
-        written = []
-        for task in request.tasks:
-            result = _RUNNERS[task](request, subject, mesh)
-            if mesh.is_first:
-                written.append(write_result(out, {"task": task, **common, **result}))
-        mesh.barrier()
-        return written
+        subject = agree(mesh, lambda: _open(request, mesh))
+        agree(mesh, lambda: prepare_folder(subject.out) if mesh.is_first else None)
+        written = [_run(task, request, subject, mesh) for task in request.tasks]
+    return written if mesh.is_first else []
+
+
+def _run(task: str, request: Request, subject: _Subject, mesh: Mesh) -> Path:
+    """Run one task on all ranks, let the first write the result, and return its path."""
+    result = {
+        "task": task, "model": str(request.model), "corpus": str(subject.valid.folder), "seed": request.seed,
+        "world": mesh.world.size, **_RUNNERS[task](request, subject, mesh),
+    }  # fmt: skip
+    return agree(mesh, lambda: write_result(subject.out, result) if mesh.is_first else subject.out)
 
 
 def find_run(model: Path) -> Path | None:
@@ -119,16 +116,23 @@ def _world() -> Iterator[Mesh]:
         yield mesh
 
 
-def _open(request: Request, corpus: Path, config: Config | None, mesh: Mesh) -> _Subject:
+def _open(request: Request, mesh: Mesh) -> _Subject:
     from longctx.checkpoint.folder import open_model
 
+    unknown = [task for task in request.tasks if task not in TASKS]
+    if unknown or not request.tasks:
+        raise LongctxError(f"unknown task {', '.join(unknown) or '(none)'}; choose from {', '.join(TASKS)}")
+    run = find_run(request.model)
+    config = load_config(run / "config.yaml") if run else None
+    corpus = request.corpus or _corpus_of(config, request.model)
     # Cheap checks first: a wrong corpus should not cost the loading of a model.
     part = (mesh.world.rank, mesh.world.size)
     valid = open_corpus(corpus, split="valid", verify_part=part)
     train = open_corpus(corpus, split="train", verify=False)
     model, shape, tokenizer = open_model(request.model, device=str(mesh.device))
     valid.check_tokenizer(tokenizer)
-    return _Subject(model, tokenizer, train, valid, request.length or _length_of(config, shape))
+    length = request.length or _length_of(config, shape)
+    return _Subject(model, tokenizer, train, valid, length, request.out or (run or request.model) / "eval")
 
 
 def _length_of(config: Config | None, shape: Model) -> int:
@@ -138,7 +142,8 @@ def _length_of(config: Config | None, shape: Model) -> int:
 
 
 def _perplexity(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any]:
-    rows = Rows([(subject.valid, Source(path=subject.valid.folder))], subject.length, request.seed, shuffle=False)
+    sources = [(subject.valid, Source(path=subject.valid.folder))]
+    rows = agree(mesh, lambda: Rows(sources, subject.length, request.seed, shuffle=False))
     num_rows = min(request.rows, rows.num_rows_per_epoch)
     with Progress("perplexity", num_rows + request.windows, visible=mesh.is_first) as progress:
         scores = by_position(
@@ -152,7 +157,7 @@ def _perplexity(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str,
 
 
 def _needle(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any]:
-    task = NeedleTask(subject.tokenizer, subject.valid, request.seed)
+    task = agree(mesh, lambda: NeedleTask(subject.tokenizer, subject.valid, request.seed))
     lengths = request.lengths
     if lengths is None:
         shorter = [subject.length // part for part in (4, 2)]
@@ -166,7 +171,7 @@ def _needle(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any
 
 
 def _unigram(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any]:
-    return unigram(subject.train, subject.valid) if mesh.is_first else {}
+    return agree(mesh, lambda: unigram(subject.train, subject.valid) if mesh.is_first else {})
 
 
 _RUNNERS = {"perplexity": _perplexity, "needle": _needle, "unigram": _unigram}

@@ -96,15 +96,18 @@ def test_only_the_asked_tasks_run(built: Built, tmp_path: Path) -> None:
     assert set(evaluate(built, tmp_path, "--tasks", "unigram")) == {"unigram"}
 
 
+def torchrun(world: int, *words: str) -> "subprocess.CompletedProcess[str]":
+    """`longctx eval` on ``world`` ranks."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
+    command = [sys.executable, *launcher, "-m", "longctx", "eval", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
 @pytest.mark.tier2
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_agree_with_one_process(built: Built, tmp_path: Path, world: int) -> None:
     single = evaluate(built, tmp_path / "single")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone", "-m", "longctx",
-        "eval", str(built.model), "--corpus", str(built.corpus), "--out", str(tmp_path / "many"), *OPTIONS,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = torchrun(world, str(built.model), "--corpus", str(built.corpus), "--out", str(tmp_path / "many"), *OPTIONS)
     assert done.returncode == 0, done.stderr
     many = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "many").iterdir()}
     assert many["needle"]["world"] == world
@@ -166,6 +169,28 @@ def test_unwritable_out(built: Built, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "file").touch()
     argv = ["eval", str(built.model), "--corpus", str(built.corpus), "--out", str(tmp_path / "file")]
     refused(argv, "cannot write results to", capsys)
+
+
+@pytest.mark.tier2
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--out", "FILE"], "cannot write results to"),
+        (["--out", "NEW", "--length", "1M"], "fewer than one sequence"),
+        (["--out", "NEW", "--length", "many"], "--length: 'many' is not a whole number"),
+    ],
+)
+def test_one_rank_speaks(built: Built, tmp_path: Path, options: list[str], sentence: str) -> None:
+    """Bug: of several ranks the first gave the reason, and the others repeated it or blamed the network. Fix: ranks
+    agree after every step that can be refused, and all but one give way. Strategy: two ranks and bad input, before
+    the world is joined, on the first rank alone, and on both."""
+    (tmp_path / "FILE").touch()
+    words = [str(tmp_path / word) if word in ("FILE", "NEW") else word for word in options]
+    done = torchrun(2, str(built.model), "--corpus", str(built.corpus), *words)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert sentence in said[0]
 
 
 def test_export_inside_a_run_takes_corpus_and_length_from_the_run(
