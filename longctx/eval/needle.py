@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from longctx.errors import DataError, LongctxError
-from longctx.eval.scoring import LanguageModel, Prompt
+from longctx.eval.scoring import Prompt
+from longctx.generate.decode import LanguageModel
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from longctx.errors import DataError, LongctxError
-from longctx.eval.scoring import CHUNK, IGNORED, LanguageModel, token_nll
+from longctx.eval.scoring import CHUNK, token_nll
+from longctx.generate.decode import LanguageModel
+from longctx.model.head import IGNORED
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext

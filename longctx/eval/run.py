@@ -19,8 +19,8 @@ from longctx.errors import LongctxError
 from longctx.eval.needle import NeedleTask, needle_retrieval
 from longctx.eval.perplexity import by_position, context_gain
 from longctx.eval.results import prepare_folder, write_result
-from longctx.eval.scoring import LanguageModel
 from longctx.eval.unigram import unigram
+from longctx.generate.decode import LanguageModel
 from longctx.runtime.agreement import agree
 from longctx.runtime.launcher import read_launch
 from longctx.runtime.mesh import Mesh, alone

@@ -1,18 +1,59 @@
 """Prefill and single steps with the decode state, for a batch of prompts on one rank.
 
-Shapes: B batch, T new tokens, S tokens so far, V vocabulary.
+Shapes: B batch, T new tokens, S tokens so far, D model, V vocabulary.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
-from longctx.model.decoder import CausalLM, State
+from longctx.model.decoder import CausalLM
 from longctx.sequence.context import SequenceContext
+
+
+class LanguageModel(Protocol):
+    """The part of :class:`longctx.model.decoder.CausalLM` that decoding and evaluation use."""
+
+    def __call__(self, tokens_BT: Tensor, context: SequenceContext, *, state: Any = None) -> Any:
+        """An object with ``hidden_BTD`` and ``state`` (None unless a state was given)."""
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V]."""
+
+    def empty_state(self, batch: int) -> Any:
+        """The decode state before the first token."""
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """Whether a state of ``past`` tokens may be continued to ``length`` tokens."""
+
+
+class Decoded(NamedTuple):
+    """Sequences a model has run. A value: it can be continued in many ways."""
+
+    tokens_BS: Tensor
+    context: SequenceContext
+    state: Any
+
+
+@torch.no_grad()
+def advance(model: LanguageModel, new_BT: Tensor, before: Decoded | None = None) -> tuple[Tensor, Decoded]:
+    """Run the tokens that follow ``before`` (None: the first ones); their hidden states [B, T, D], and all so far."""
+    batch, new = new_BT.shape
+    tokens_BS = new_BT if before is None else torch.cat((before.tokens_BS, new_BT), dim=1)
+    length = tokens_BS.shape[1]
+    if before is not None and model.state_survives(length - new, length):
+        context = before.context.extend(new)
+        output = model(new_BT, context, state=before.state)
+    else:
+        # First tokens, or a rotary type whose earlier states are no longer valid at this length: run all of them.
+        context = SequenceContext.single(batch, length)
+        output = model(tokens_BS, context, state=model.empty_state(batch))
+    return output.hidden_BTD[:, -new:], Decoded(tokens_BS, context, output.state)
 
 
 def generate(
@@ -46,6 +87,7 @@ def generate(
     return results
 
 
+@torch.no_grad()
 def decode_ids(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -66,40 +108,11 @@ def decode_ids(
     sampling = sampling or Sampling()
     generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
     device = model.embed.weight.device
-    run = _Run(model)
+    done = None
     chosen = torch.tensor(prompts, dtype=torch.int64, device=device)
     for _ in range(max_tokens):
-        logits_BV = run.append(chosen)
+        hidden_BTD, done = advance(model, chosen, done)
+        logits_BV = model.logits(hidden_BTD[:, -1:])[:, 0]
         row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]
         yield row
         chosen = torch.tensor(row, dtype=torch.int64, device=device)[:, None]
-
-
-class _Run:
-    """A batch of sequences that grows. The model's own state stays a value; this only remembers the latest one."""
-
-    def __init__(self, model: CausalLM) -> None:
-        self.model = model
-        self.tokens_BS: Tensor | None = None
-        self.context: SequenceContext | None = None
-        self.state: State | None = None
-
-    @torch.no_grad()
-    def append(self, new_BT: Tensor) -> Tensor:
-        """Logits [B, V] after the last of the new tokens."""
-        batch, new = new_BT.shape
-        self.tokens_BS = new_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, new_BT), dim=1)
-        length = self.tokens_BS.shape[1]
-        if self.context is not None and self.model.state_survives(length - new, length):
-            self.context = self.context.extend(new)
-        else:
-            # First tokens, or a rotary type whose earlier states are no longer valid at this length: run all of them.
-            new_BT, self.context, self.state = (
-                self.tokens_BS,
-                SequenceContext.single(batch, length),
-                self.model.empty_state(batch),
-            )
-        output = self.model(new_BT, self.context, state=self.state)
-        self.state = output.state
-        logits_BTV = self.model.logits(output.hidden_BTD[:, -1:])
-        return logits_BTV[:, 0]
