@@ -6,7 +6,7 @@ Legend: B batch, T local tokens, K bins.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,20 +21,18 @@ from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
+from longctx.train.batches import RowSource
 
 Int64Array = npt.NDArray[np.int64]
 _SHORTEST_CONTEXT = 16
 _TARGETS = 128
+_LAYOUT = "zigzag"
 
 
-class HeldOutRows(Protocol):
+class HeldOutRows(RowSource, Protocol):
     """The part of :class:`longctx.data.rows.Rows` that scoring needs."""
 
     length: int
-
-    def documents(self, row: int) -> tuple[int, ...]: ...
-
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]: ...
 
 
 class Documents(Protocol):
@@ -53,7 +51,7 @@ def by_position(
     mesh: Mesh,
     decode: Callable[[list[int]], str],
     *,
-    layout: str = "zigzag",
+    layout: str = _LAYOUT,
     chunk: int = CHUNK,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -99,8 +97,6 @@ def context_gain(
     seed: int,
     mesh: Mesh,
     *,
-    layout: str = "zigzag",
-    chunk: int = CHUNK,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Loss of the same target tokens behind 16, 32, ... tokens of context, up to ``length`` inputs in all.
@@ -119,9 +115,9 @@ def context_gain(
             ids = window[-(kept + targets) :]
             tokens, labels = ids[:-1], ids[1:].copy()
             labels[:-targets] = IGNORED
-            context = _context(mesh, layout, len(tokens), (0,))
+            context = _context(mesh, _LAYOUT, len(tokens), (0,))
             own = context.layout.indices(context.rank)
-            nll_T, _ = _score(model, tokens[own], labels[own], context, mesh, chunk)
+            nll_T, _ = _score(model, tokens[own], labels[own], context, mesh, CHUNK)
             sums_C[index] += nll_T.sum()
         advance()
     sums = mesh.all_reduce(sums_C.to(mesh.device)).tolist()

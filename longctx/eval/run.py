@@ -28,6 +28,10 @@ from longctx.runtime.process import joined_world
 
 TASKS = ("perplexity", "needle", "unigram")
 _DEFAULT_LENGTH = 4096
+_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where in the text needles are hidden."""
+_WINDOWS = 8
+"""Documents in the gain-from-context curve."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,6 @@ class Request:
         lengths: context lengths of needle retrieval; default: all of ``length``, and of half and a quarter
             what is long enough to hold the question.
         rows: held-out rows scored, at most those there are.
-        windows: documents in the gain-from-context curve.
         samples: needle samples per length and depth.
     """
 
@@ -48,9 +51,7 @@ class Request:
     tasks: tuple[str, ...] = TASKS
     length: int | None = None
     lengths: tuple[int, ...] | None = None
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rows: int = 16
-    windows: int = 8
     samples: int = 4
     seed: int = 0
     out: Path | None = None
@@ -145,12 +146,12 @@ def _perplexity(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str,
     sources = [(subject.valid, Source(path=subject.valid.folder))]
     rows = agree(mesh, lambda: Rows(sources, subject.length, request.seed, shuffle=False))
     num_rows = min(request.rows, rows.num_rows_per_epoch)
-    with Progress("perplexity", num_rows + request.windows, visible=mesh.is_first) as progress:
+    with Progress("perplexity", num_rows + _WINDOWS, visible=mesh.is_first) as progress:
         scores = by_position(
             subject.model, rows, num_rows, mesh, subject.tokenizer.decode, advance=lambda: progress.advance(1)
         )
         gain = context_gain(
-            subject.model, subject.valid, subject.length, request.windows, request.seed, mesh,
+            subject.model, subject.valid, subject.length, _WINDOWS, request.seed, mesh,
             advance=lambda: progress.advance(1),
         )  # fmt: skip
     return {"length": subject.length, "rows": num_rows, **scores, "gain": gain}
@@ -161,11 +162,11 @@ def _needle(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any
     lengths = request.lengths
     if lengths is None:
         shorter = [subject.length // part for part in (4, 2)]
-        lengths = (*(n for n in shorter if task.fits(n, request.depths, request.samples)), subject.length)
-    total = -(-len(lengths) * len(request.depths) * request.samples // mesh.world.size)
+        lengths = (*(n for n in shorter if task.fits(n, _DEPTHS, request.samples)), subject.length)
+    total = -(-len(lengths) * len(_DEPTHS) * request.samples // mesh.world.size)
     with Progress("needle", total, visible=mesh.is_first) as progress:
         return needle_retrieval(
-            subject.model, task, subject.tokenizer, lengths, request.depths, request.samples, mesh,
+            subject.model, task, subject.tokenizer, lengths, _DEPTHS, request.samples, mesh,
             advance=lambda: progress.advance(1),
         )  # fmt: skip
 

@@ -31,7 +31,6 @@ def unigram(train: TokenStream, valid: TokenStream) -> dict[str, Any]:
     """
     counts_V, heldout_V = token_counts(train), token_counts(valid)
     return {
-        "task": "unigram",
         "entropy": entropy(counts_V),
         "heldout_cross_entropy": cross_entropy(counts_V, heldout_V) if heldout_V.any() else None,
         "train_tokens": int(counts_V.sum()),
