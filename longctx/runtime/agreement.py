@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from longctx.errors import LongctxError
 from longctx.runtime.mesh import Mesh
 
@@ -28,11 +26,10 @@ def agree(mesh: Mesh, action: Callable[[], T]) -> T:
         result = action()
     except LongctxError as error:
         failure = error
-    failed = torch.zeros(mesh.world.size, dtype=torch.int64, device=mesh.device)
-    failed[mesh.world.rank] = failure is not None
-    ranks = mesh.all_reduce(failed).nonzero().flatten().tolist()
-    if not ranks:
+    failed = mesh.gather(failure is not None)
+    if not any(failed):
         return result  # type: ignore[return-value]
-    if failure is not None and mesh.world.rank == ranks[0]:
+    first = failed.index(1)
+    if failure is not None and mesh.world.rank == first:
         raise failure
-    raise FailedElsewhere(f"rank {ranks[0]} stopped the run")
+    raise FailedElsewhere(f"rank {first} stopped the run")

@@ -14,7 +14,6 @@ import torch
 
 from longctx.model.head import IGNORED
 from longctx.runtime.mesh import Mesh
-from longctx.sequence.collectives.ledger import Ledger
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Layout
 
@@ -52,19 +51,19 @@ def step_rows(step: int, batch: int, mesh: Mesh) -> range:
 
 
 def read_micro_batches(
-    source: RowSource, rows: range, micro_batch: int, layout: Layout, mesh: Mesh, ledger: Ledger | None = None
+    source: RowSource, rows: range, micro_batch: int, layout: Layout, mesh: Mesh
 ) -> list[MicroBatch]:
     """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time."""
     groups = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
-    return [_read(source, group, layout, mesh, ledger) for group in groups]
+    return [_read(source, group, layout, mesh) for group in groups]
 
 
-def _read(source: RowSource, rows: range, layout: Layout, mesh: Mesh, ledger: Ledger | None) -> MicroBatch:
+def _read(source: RowSource, rows: range, layout: Layout, mesh: Mesh) -> MicroBatch:
     rank = mesh.sequence.rank
     read = [source.read(row, layout.runs[rank]) for row in rows]
     indices = layout.indices(rank)
     data_hash = sum(_hash(tokens, row, indices) for row, (tokens, _) in zip(rows, read, strict=True))
-    context = SequenceContext(mesh.sequence, layout, tuple(source.documents(row) for row in rows), ledger=ledger)
+    context = SequenceContext(mesh.sequence, layout, tuple(source.documents(row) for row in rows))
     tokens_BT, labels_BT = (torch.from_numpy(np.stack([pair[i] for pair in read])) for i in (0, 1))
     return MicroBatch(tokens_BT, labels_BT, context, data_hash)
 

@@ -6,6 +6,7 @@ the accumulation, because that assumes equal label counts. Its optimizer is our 
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -33,8 +34,8 @@ class DeepSpeedEngine:
         import deepspeed
 
         _quieten(deepspeed)
-        self._zero, self._train = config.zero, train
-        self._optimizer = build_optimizer(model.named_parameters(), train)
+        self._zero = config.zero
+        self._optimizer = build_optimizer(model.parameters(), train)
         settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
         full = {name: p.detach() for name, p in model.named_parameters()}
         # Stage 0 in bf16 takes an update while it is built, which would decay the weights and count as a step.
@@ -67,7 +68,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float, hold: bool) -> Update:
         norm = float(gradient_norm(self.module)) if self._plain else None
-        hold = hold or (norm is not None and not _finite(norm))
+        hold = hold or (norm is not None and not math.isfinite(norm))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.held = hold
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
 
     @property
     def updates(self) -> int:
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+        return self._optimizer.updates
 
     def prepare_state(self, updates: int) -> None:
         for tensor in self._optimized():
@@ -195,7 +196,3 @@ def _quieten(deepspeed: Any) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0.0

@@ -22,7 +22,7 @@ class TorchEngine:
 
     def __init__(self, model: CausalLM, train: Train, mesh: Mesh) -> None:
         self._model, self._train, self._mesh = model.to(mesh.device), train, mesh
-        self._optimizer = build_optimizer(model.named_parameters(), train)
+        self._optimizer = build_optimizer(model.parameters(), train)
         self.prepare_state(0)
 
     @property
@@ -62,7 +62,7 @@ class TorchEngine:
 
     @property
     def updates(self) -> int:
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+        return self._optimizer.updates
 
     def prepare_state(self, updates: int) -> None:
         for parameter in self._model.parameters():

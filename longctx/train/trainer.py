@@ -108,12 +108,12 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         micro_batches = self._read(step_rows(self.progress.step, train.batch, self.mesh))
-        labels, data_hash = self._totals(micro_batches)
+        labels, tokens, data_hash = self._totals(micro_batches)
         loss = self._accumulate(micro_batches, labels)
         lr = learning_rate(train, self.progress.step + 1)
         update = self.engine.step(lr, hold=not math.isfinite(loss))
         self.progress.step += 1
-        self.progress.tokens += train.batch * self.config.sequence.length
+        self.progress.tokens += tokens
         self.progress.nonfinite += not update.applied
         seconds = time.perf_counter() - started
         return self._record(loss, update.grad_norm, not update.applied, lr, data_hash, seconds)
@@ -123,37 +123,38 @@ class Trainer:
         """Mean token loss over the first ``count`` rows of another source, and the number of labels it is over."""
         self.engine.module.eval()
         share = range(self.mesh.data.rank, count, self.mesh.data.size)
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         # Every rank enters the model equally often, or ZeRO-3's parameter gathering would hang.
         for turn in range(-(-count // self.mesh.data.size)):
             row = share[turn] if turn < len(share) else 0
             (batch,) = read_micro_batches(rows, range(row, row + 1), 1, self.layout, self.mesh)
             loss_sum = self._forward(batch)
             if turn < len(share):
-                total += torch.tensor([float(loss_sum), batch.labels], dtype=torch.float64)
+                total[0] += loss_sum
+                total[1] += batch.labels
         self.engine.module.train()
-        total = self.mesh.all_reduce(total.to(self.mesh.device))
+        self.mesh.all_reduce(total)
         return float(total[0] / total[1]), int(total[1])
 
     def _read(self, rows: range) -> list[MicroBatch]:
         return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.layout, self.mesh)
 
-    def _totals(self, micro_batches: Iterable[MicroBatch]) -> tuple[int, int]:
-        """Labels and data hash of the whole step over all ranks."""
-        counts = [(batch.labels, batch.data_hash) for batch in micro_batches]
-        sums = torch.tensor([[labels, digest] for labels, digest in counts], dtype=torch.int64).sum(0)
-        labels, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
-        return max(int(labels), 1), int(digest)
+    def _totals(self, micro_batches: Iterable[MicroBatch]) -> tuple[int, int, int]:
+        """Labels, tokens and data hash of the whole step over all ranks."""
+        counts = [[batch.labels, batch.tokens_BT.numel(), batch.data_hash] for batch in micro_batches]
+        sums = torch.tensor(counts, dtype=torch.int64).sum(0)
+        labels, tokens, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
+        return max(int(labels), 1), int(tokens), int(digest)
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], labels: int) -> float:
         """Backward through every micro-batch; returns the loss of the whole step."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for index, batch in enumerate(micro_batches):
             loss_sum = self._forward(batch)
             # Engines average over the world; the sum over ranks is what is wanted.
             self.engine.backward(loss_sum * (self.mesh.world.size / labels), last=index == len(micro_batches) - 1)
-            total += loss_sum.detach().double().cpu()
-        return float(self.mesh.all_reduce(total.to(self.mesh.device))) / labels
+            total += loss_sum.detach()  # read once, at the end: reading waits for the device
+        return float(self.mesh.all_reduce(total)) / labels
 
     def _forward(self, batch: MicroBatch) -> torch.Tensor:
         device = self.mesh.device
@@ -201,6 +202,4 @@ def peak_memory(device: torch.device) -> int:
 
 def process_ids(mesh: Mesh) -> list[int]:
     """Process id of every rank."""
-    ids = torch.zeros(mesh.world.size, dtype=torch.int64, device=mesh.device)
-    ids[mesh.world.rank] = os.getpid()
-    return [int(i) for i in mesh.all_reduce(ids).tolist()]
+    return mesh.gather(os.getpid())

@@ -119,7 +119,7 @@ def _model() -> CausalLM:
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = _model()
-    optimizer = build_optimizer(model.named_parameters(), Train(steps=1, weight_decay=0.3))
+    optimizer = build_optimizer(model.parameters(), Train(steps=1, weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -131,7 +131,7 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_the_step_is_adamw_with_decoupled_decay() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
     train = Train(steps=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
-    optimizer = build_optimizer([("w", weight)], train)
+    optimizer = build_optimizer([weight], train)
     value, first, second = 2.0, 0.0, 0.0
     for step, gradient in enumerate((3.0, -1.0, 0.5), start=1):
         weight.grad = torch.tensor([[gradient]], dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_the_step_is_adamw_with_decoupled_decay() -> None:
 
 def test_a_held_step_changes_nothing() -> None:
     model = _model()
-    optimizer = build_optimizer(model.named_parameters(), Train(steps=1, lr=0.1))
+    optimizer = build_optimizer(model.parameters(), Train(steps=1, lr=0.1))
     for attempt in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 0.1 + attempt)
@@ -161,7 +161,7 @@ def test_a_held_step_changes_nothing() -> None:
 
 def test_a_prepared_state_goes_on_like_a_fresh_one() -> None:
     plain, prepared = _model(), _model()
-    optimizers = [build_optimizer(m.named_parameters(), Train(steps=1, lr=0.1)) for m in (plain, prepared)]
+    optimizers = [build_optimizer(m.parameters(), Train(steps=1, lr=0.1)) for m in (plain, prepared)]
     for parameter in prepared.parameters():
         optimizers[1].prepare_state(parameter, 0)
     for model, optimizer in zip((plain, prepared), optimizers, strict=True):

@@ -14,7 +14,7 @@ class Validation(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         every, step = trainer.config.train.eval_every, trainer.progress.step
-        if every and (step % every == 0 or step == trainer.config.train.steps):
+        if step % every == 0 or step == trainer.config.train.steps:
             started = time.perf_counter()
             loss, tokens = trainer.evaluate(self._rows, self._count)
             seconds = time.perf_counter() - started
