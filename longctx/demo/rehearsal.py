@@ -1,17 +1,15 @@
 """Killing a rank in the middle of training and proving that nothing was lost."""
 
-import json
 import os
 import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longctx.demo.commands import DemoFailed
+from longctx.report.metrics import Record, read_records
 
-Record = dict[str, Any]
 POLL_S = 0.05
 
 
@@ -29,19 +27,6 @@ class Repeated:
         return self.before == self.after
 
 
-def read_records(metrics: Path) -> list[Record]:
-    """All complete records so far; half a line that is being written or was cut off by a kill is left out."""
-    if not metrics.exists():
-        return []
-    records = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
 def kill_rank(process: "subprocess.Popen[bytes]", metrics: Path, after_step: int, rank: int, log: Path) -> int:
     """Wait until ``after_step`` was logged, SIGKILL one rank, and return the last step logged by then.
 
@@ -49,7 +34,7 @@ def kill_rank(process: "subprocess.Popen[bytes]", metrics: Path, after_step: int
         DemoFailed: training ended before it got there.
     """
     while process.poll() is None:
-        records = read_records(metrics)
+        records = read_records(metrics) if metrics.exists() else []
         steps = [record["step"] for record in records if record["kind"] == "train"]
         if steps and max(steps) >= after_step:
             pids = next(record["pids"] for record in reversed(records) if "pids" in record)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.demo.commands import DemoFailed, longctx, torchrun
-from longctx.demo.rehearsal import Repeated, kill_rank, read_records, repeated_steps
+from longctx.demo.rehearsal import Repeated, kill_rank, repeated_steps
+from longctx.report.metrics import read_metrics
 
 PYTHON_FILES = ("--pattern", "*.py", "--exclude", "site-packages", "--errors", "skip")
 
@@ -36,6 +37,7 @@ def run_demo(settings: Settings) -> None:
         DemoFailed: a step failed, or a promise of the demo does not hold.
     """
     started = time.monotonic()
+    killed_after = _step_to_kill_at(settings)
     folder, run = settings.folder, settings.folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
     corpus, tokenizer = folder / "corpus", folder / "tokenizer"
@@ -44,7 +46,7 @@ def run_demo(settings: Settings) -> None:
     longctx("data", "tokenizer", settings.source, *PYTHON_FILES, *vocabulary, "--out", tokenizer, "--overwrite")
     longctx("data", "build", settings.source, *PYTHON_FILES, "--tokenizer", tokenizer, "--out", corpus, "--overwrite")
     _title(f"2. Training with every sequence cut over {settings.ranks} ranks, one of which is killed on the way")
-    repeated = _train(settings, corpus, run)
+    repeated = _train(settings, corpus, run, killed_after)
     _title("3. Perplexity by position, needle retrieval, unigram entropy")
     longctx("eval", run, "--samples", "2")
     _title("4. Export to a Hugging Face folder, checked against transformers")
@@ -54,18 +56,15 @@ def run_demo(settings: Settings) -> None:
     _summary(run, repeated, (time.monotonic() - started) / 60)
 
 
-def _train(settings: Settings, corpus: Path, run: Path) -> Repeated:
+def _train(settings: Settings, corpus: Path, run: Path, killed_after: int) -> Repeated:
     arguments = [
         "train", str(settings.config), f"run={run}", f"data.sources.0.path={corpus}",
         f"sequence.degree={settings.ranks}", *settings.overrides,
     ]  # fmt: skip
-    total, every = _plan(settings)
     log = settings.folder / "launch.log"
     process = torchrun(settings.ranks, 1, arguments, log)
     try:
-        # Half-way between two checkpoints, so that some steps must be repeated.
-        target = total // 2 // every * every + max(1, every // 2)
-        last = kill_rank(process, run / "metrics.jsonl", target, settings.ranks - 1, log)
+        last = kill_rank(process, run / "metrics.jsonl", killed_after, settings.ranks - 1, log)
         print(
             f"demo: killed rank {settings.ranks - 1} with SIGKILL after step {last}; torchrun restarts the run",
             flush=True,
@@ -85,8 +84,12 @@ def _train(settings: Settings, corpus: Path, run: Path) -> Repeated:
     return repeated
 
 
-def _plan(settings: Settings) -> tuple[int, int]:
-    """Steps of the run and steps between checkpoints."""
+def _step_to_kill_at(settings: Settings) -> int:
+    """Half-way between two checkpoints in the middle of the run, so that some steps must be repeated.
+
+    Raises:
+        ConfigError, DemoFailed: the config is wrong, or too few steps or checkpoints for that.
+    """
     from longctx.config.load import load_config
 
     config = load_config(settings.config, settings.overrides)
@@ -95,22 +98,20 @@ def _plan(settings: Settings) -> tuple[int, int]:
         raise DemoFailed(
             f"checkpoint.every = {every} must lie between 1 and half of train.steps = {steps} for the demo"
         )
-    return steps, every
+    return steps // 2 // every * every + max(1, every // 2)
 
 
 def _summary(run: Path, repeated: Repeated, minutes: float) -> None:
-    records = read_records(run / "metrics.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    valid = [record["loss"] for record in records if record["kind"] == "valid"]
-    speeds = sorted(record["tokens_per_second"] for record in train)
+    metrics = read_metrics(run / "metrics.jsonl")
+    last, valid = metrics.series("loss")[1][-10:], metrics.series("loss", "valid")[1]
     unigram = json.loads((run / "eval" / "unigram.json").read_text(encoding="utf-8"))
-    final = sum(record["loss"] for record in train[-10:]) / len(train[-10:])
+    final = sum(last) / len(last)
     _title("Result")
-    print(f"final training loss     {final:.3f} nats per token (mean of the last {len(train[-10:])} steps)")
+    print(f"final training loss     {final:.3f} nats per token (mean of the last {len(last)} steps)")
     if valid:
         print(f"held-out loss           {valid[-1]:.3f} nats per token")
     print(f"unigram entropy         {unigram['entropy']:.3f} nats per token: what guessing by frequency would reach")
-    print(f"tokens per second       {speeds[len(speeds) // 2]:,.0f} (median step)")
+    print(f"tokens per second       {metrics.median('tokens_per_second'):,.0f} (median step)")
     print(f"steps run twice         {repeated.steps[0]} to {repeated.steps[-1]}, losses equal digit for digit")
     print(f"minutes                 {minutes:.1f}")
     for name, path in {

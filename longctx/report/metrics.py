@@ -1,8 +1,8 @@
-"""Reads metrics.jsonl as runs really leave it: torn by a kill, with steps repeated after a resume."""
+"""Reads metrics.jsonl as runs really leave it: lines torn by a kill, steps repeated after a resume."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,6 @@ from typing import Any
 from longctx.errors import LongctxError
 
 Record = dict[str, Any]
-_OPENING = '{"kind"'
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class Metrics:
 
     ``events`` keep the order of the file. ``seconds`` is the wall time all processes of the run spent between their
     first and last logged step, repeated steps included, idle time between a stop and a resume excluded.
-    ``torn`` counts lines that could not be read.
     """
 
     train: tuple[Record, ...]
@@ -36,7 +34,6 @@ class Metrics:
     events: tuple[Record, ...]
     interruptions: tuple[Interruption, ...]
     seconds: float
-    torn: int
 
     def series(self, field: str, kind: str = "train") -> tuple[list[int], list[float]]:
         """Steps and values of one numeric field, in step order; records where it is missing or null are left out."""
@@ -60,6 +57,18 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         LongctxError: the file does not exist, or holds no training step.
     """
+    metrics = to_metrics(read_records(path))
+    if not metrics.train:
+        raise LongctxError(f"{path} holds no training step yet: let the run log at least one step, then report again")
+    return metrics
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every whole record of a metrics.jsonl in the order of the file; lines cut off by a kill are left out.
+
+    Raises:
+        LongctxError: the file does not exist or cannot be read.
+    """
     try:
         # A kill can tear a line inside a multi-byte character; such a line is torn, not a reason to give up.
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -67,40 +76,21 @@ def read_metrics(path: Path) -> Metrics:
         raise LongctxError(f"{path} does not exist: no training has logged a step to this run folder yet") from None
     except OSError as error:
         raise LongctxError(f"{path} cannot be read: {error.strerror}") from None
-    metrics = parse_metrics(text.splitlines())
-    if not metrics.train:
-        raise LongctxError(f"{path} holds no training step yet: let the run log at least one step, then report again")
-    return metrics
+    return [record for record in map(_parse, text.splitlines()) if record is not None]
 
 
-def parse_metrics(lines: Iterable[str]) -> Metrics:
-    """Metrics from the lines of a metrics.jsonl; see :class:`Metrics` for the rules."""
-    records, torn = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
-        record = _parse(line)
-        if record is None or _parse_whole(line) is None:
-            torn += 1
-        if record is not None:
-            records.append(record)
+def to_metrics(records: list[Record]) -> Metrics:
+    """Metrics from the records of a metrics.jsonl; see :class:`Metrics` for the rules."""
     return Metrics(
         train=_last_writing(records, "train"),
         valid=_last_writing(records, "valid"),
         events=tuple(record for record in records if record["kind"] == "event"),
         interruptions=tuple(_interruptions(records)),
         seconds=sum(_seconds(session) for session in _sessions(records)),
-        torn=torn,
     )
 
 
 def _parse(line: str) -> Record | None:
-    whole = _parse_whole(line)
-    # A process resumed after a kill may append to the torn half line: the new record is then the line's tail.
-    return whole if whole is not None else _parse_whole(line[max(0, line.rfind(_OPENING)) :])
-
-
-def _parse_whole(line: str) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from longctx.demo.commands import DemoFailed
-from longctx.demo.rehearsal import read_records, repeated_steps
+from longctx.demo.rehearsal import repeated_steps
+from longctx.report.metrics import read_records
 
 SMALL = (
     "sequence.length=512", "train.steps=80", "train.batch=4", "train.lr=5e-3", "train.eval_every=40",
@@ -75,6 +76,18 @@ def test_one_digit_of_difference_is_noticed(tmp_path: Path) -> None:
 def test_a_kill_that_repeated_nothing_is_no_proof(tmp_path: Path, records: list[tuple[int, float] | str]) -> None:
     with pytest.raises(DemoFailed):
         repeated_steps(write(tmp_path / "metrics", records))
+
+
+@pytest.mark.parametrize("override", ["train.stpes=9", "checkpoint.every=0"])
+def test_a_config_it_cannot_use_costs_no_corpus(tmp_path: Path, override: str) -> None:
+    """Bug: a mistyped override was found only after tokenizer and corpus had been built.
+
+    Fix: the plan comes first. Strategy: nothing may have been written.
+    """
+    done = demo("--out", "demo", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and override.split("=")[0] in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_rank_cannot_show_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longctx.errors import LongctxError
-from longctx.report.metrics import Interruption, parse_metrics, read_metrics
+from longctx.report.metrics import Interruption, Metrics, read_metrics, read_records, to_metrics
 
 
 def train(step: int, loss: float, **more: Any) -> str:
@@ -19,12 +19,16 @@ def event(step: int, name: str, **more: Any) -> str:
     return json.dumps({"kind": "event", "step": step, "event": name, **more})
 
 
-def test_truncated_last_line_is_dropped_and_counted(tmp_path: Path) -> None:
+def parse_metrics(lines: list[str]) -> Metrics:
+    return to_metrics([json.loads(line) for line in lines])
+
+
+def test_truncated_last_line_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes((train(1, 5.0) + "\n" + train(2, 4.0) + "\n" + train(3, 3.0)[:-7]).encode())
     metrics = read_metrics(file)
     assert metrics.series("loss") == ([1, 2], [5.0, 4.0])
-    assert metrics.torn == 1
+    assert read_records(file) == [json.loads(train(step, loss)) for step, loss in ((1, 5.0), (2, 4.0))]
 
 
 def test_line_torn_inside_a_character_does_not_lose_the_rest(tmp_path: Path) -> None:
@@ -33,9 +37,11 @@ def test_line_torn_inside_a_character_does_not_lose_the_rest(tmp_path: Path) -> 
     assert read_metrics(file).series("loss") == ([1], [5.0])
 
 
-def test_record_appended_to_a_torn_line_is_recovered() -> None:
-    metrics = parse_metrics([train(1, 5.0), train(2, 4.0)[:20] + event(1, "resume"), train(2, 4.5)])
-    assert metrics.torn == 1
+def test_a_line_torn_before_a_resume_is_dropped(tmp_path: Path) -> None:
+    """The writer ends a torn line before it goes on, so only the half record is lost."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join([train(1, 5.0), train(2, 4.0)[:20], event(1, "resume"), train(2, 4.5)]))
+    metrics = read_metrics(file)
     assert metrics.series("loss") == ([1, 2], [5.0, 4.5])
     assert [record["event"] for record in metrics.events] == ["resume"]
 
