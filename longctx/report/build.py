@@ -71,7 +71,8 @@ def _write_all(folder: Path, run: Path, metrics: Metrics, evaluations: Evaluatio
             html.Picture((folder / name).read_bytes(), (folder / "dark.png").read_bytes(), figure.description)
         )
         names.append(name)
-    facts = summarize(metrics, _settings(config), evaluations)
+    settings = _settings(config)
+    facts = summarize(metrics, settings, evaluations, _model(run, settings))
     title = run.resolve().name
     page = html.render(title, _lead(metrics), facts, pictures, config or "config.yaml was not found", __version__)
     (folder / PAGE).write_text(page, encoding="utf-8")
@@ -117,6 +118,17 @@ def _settings(config: str) -> Mapping[str, Any]:
     except yaml.YAMLError:
         values = None
     return values if isinstance(values, dict) else {}
+
+
+def _model(run: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Section of the trained model: from the newest checkpoint, since a config may take its shapes from a folder."""
+    for path in sorted(run.glob("checkpoints/step-*/model.json"), reverse=True):
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            continue
+    section = settings.get("model")
+    return section if isinstance(section, Mapping) else {}
 
 
 def _read_json(path: Path) -> Mapping[str, Any] | None:

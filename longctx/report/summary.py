@@ -32,9 +32,22 @@ class Fact:
     remark: str = ""
 
 
-def summarize(metrics: Metrics, config: Mapping[str, Any], evaluations: Evaluations) -> list[Fact]:
-    """Facts about a run in reading order. What is unknown says n/a; losses are nats per token."""
-    return [*_losses(metrics, evaluations), *_evaluated(evaluations), *_costs(metrics), *_setting(metrics, config)]
+def summarize(
+    metrics: Metrics, config: Mapping[str, Any], evaluations: Evaluations, model: Mapping[str, Any]
+) -> list[Fact]:
+    """Facts about a run in reading order. What is unknown says n/a; losses are nats per token.
+
+    Args:
+        model: section of the model that was trained.
+    """
+    shape = [_text(model.get(key)) for key in ("family", "num_layers", "hidden_size", "num_heads")]
+    return [
+        *_losses(metrics, evaluations),
+        *_evaluated(evaluations),
+        *_costs(metrics),
+        *_setting(metrics, config),
+        Fact("Model", shape[0], f"{shape[1]} layers, width {shape[2]}, {shape[3]} heads"),
+    ]
 
 
 def _losses(metrics: Metrics, evaluations: Evaluations) -> Iterator[Fact]:
@@ -81,10 +94,9 @@ def _setting(metrics: Metrics, config: Mapping[str, Any]) -> Iterator[Fact]:
     layout = " ".join(_text(_get(config, "sequence", key)) for key in ("layout", "scheme"))
     yield Fact("Sequence degree", _text(_get(config, "sequence", "degree")), layout)
     yield Fact("Sequence length", _text(_get(config, "sequence", "length")), "tokens")
-    engine = f"{_text(_get(config, 'engine', 'kind'))}, ZeRO {_text(_get(config, 'engine', 'zero'))}"
-    yield Fact("Engine", engine, _text(_get(config, "train", "precision")))
-    shape = [_text(_get(config, "model", key)) for key in ("family", "num_layers", "hidden_size", "num_heads")]
-    yield Fact("Model", shape[0], f"{shape[1]} layers, width {shape[2]}, {shape[3]} heads")
+    engine, zero = _text(_get(config, "engine", "kind")), _text(_get(config, "engine", "zero"))
+    zero = f", ZeRO {zero}" if engine == "deepspeed" else ""
+    yield Fact("Engine", engine + zero, _text(_get(config, "train", "precision")))
 
 
 def _get(config: Mapping[str, Any], section: str, key: str) -> Any:

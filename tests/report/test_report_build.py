@@ -135,11 +135,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
 
 
 def test_summary_states_the_numbers(tmp_path: Path) -> None:
-    source = build_report(write_run(tmp_path / "run"))[-1].read_text(encoding="utf-8")
-    facts = {
-        name: (value, remark)
-        for name, value, remark in re.findall(r"<dt>(.*?)</dt><dd>(.*?)(?:<small>(.*?)</small>)?</dd>", source)
-    }
+    facts = facts_of(build_report(write_run(tmp_path / "run"))[-1])
     assert facts["Final training loss"] == ("4.0000", "nats per token, step 40")
     assert facts["Best validation loss"] == ("4.5000", "nats per token, step 40")
     assert facts["Unigram entropy"][0] == "6.5432"
@@ -157,6 +153,36 @@ def test_summary_states_the_numbers(tmp_path: Path) -> None:
     assert facts["Held-out perplexity"] == ("23.46", "12,345 tokens")
     assert facts["Bits per byte"][0] == "1.234"
     assert facts["Needle retrieval"] == ("50.0%", "multiple choice, chance 10.0%, 60 samples")
+
+
+def facts_of(page: Path) -> dict[str, tuple[str, str]]:
+    found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)(?:<small>(.*?)</small>)?</dd>", page.read_text(encoding="utf-8"))
+    return {name: (value, remark) for name, value, remark in found}
+
+
+def test_shapes_are_those_of_the_trained_model(tmp_path: Path) -> None:
+    """Bug: for a run that started from a Hugging Face folder the page showed the schema's default shapes.
+
+    Fix: shapes come from the newest checkpoint; without one and without shapes in the config they are unknown.
+    Strategy: a config that names a folder, before and after the first checkpoints.
+    """
+    run = write_run(tmp_path / "run", evaluated=False)
+    (run / "config.yaml").write_text("model: {from_hf: somewhere}\nengine: {kind: torch}\n")
+    assert facts_of(build_report(run)[-1])["Model"] == ("n/a", "n/a layers, width n/a, n/a heads")
+    for step, layers in ((5, 3), (40, 7)):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "model.json").write_text(
+            json.dumps({"family": "qwen2", "num_layers": layers, "hidden_size": 4096, "num_heads": 32})
+        )
+    assert facts_of(build_report(run)[-1])["Model"] == ("qwen2", "7 layers, width 4,096, 32 heads")
+
+
+def test_only_deepspeed_has_a_zero_stage(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", evaluated=False)
+    for section, shown in (("{kind: torch, zero: 1}", "torch"), ("{kind: deepspeed, zero: 3}", "deepspeed, ZeRO 3")):
+        (run / "config.yaml").write_text(f"engine: {section}\n")
+        assert facts_of(build_report(run)[-1])["Engine"][0] == shown
 
 
 def test_one_logged_step_is_enough(tmp_path: Path) -> None:
