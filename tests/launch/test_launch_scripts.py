@@ -130,28 +130,12 @@ def test_mpirun_meets_at_the_first_host(tmp_path: Path) -> None:
 
 def test_local_ports_are_free_ones() -> None:
     ports = {word for _ in range(3) for word in planned("mpirun.sh") if word.startswith("MASTER_PORT=")}
-    assert "MASTER_PORT=29500" not in ports
+    assert len(ports) >= 1 and "MASTER_PORT=29500" not in ports
 
 
 def test_slurm_dry_run() -> None:
     done = script("slurm.sbatch", "--dry-run", *WORDS)
     assert shlex.split(done.stdout) == ["srun", "--kill-on-bad-exit=1", "python", "-m", "longctx", *TAIL]
-
-
-@pytest.mark.parametrize(
-    ("variables", "scontrol", "meets"),
-    [
-        ({"SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "10007"}, "echo n3; echo n4", "n3:29507"),
-        ({"SLURM_JOB_NODELIST": "n[3-4]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9"}, None, "10.0.0.9:29500"),
-        ({"MASTER_ADDR": "mine", "MASTER_PORT": "5"}, "echo n3", "mine:5"),
-        ({}, None, f"{socket.gethostname()}:29500"),
-    ],
-)
-def test_slurm_meeting_point(tmp_path: Path, variables: dict[str, str], scontrol: str | None, meets: str) -> None:
-    if scontrol:
-        fake(tmp_path, "scontrol", scontrol)
-    done = script("slurm.sbatch", "--dry-run", *WORDS, env=environment(tmp_path, **variables))
-    assert f"meeting at {meets}\n" in done.stderr
 
 
 def test_a_missing_launcher_is_one_sentence(tmp_path: Path) -> None:
@@ -268,14 +252,12 @@ def test_two_torchrun_agents(corpus: Path, expected: list[float], tmp_path: Path
 
 
 @pytest.mark.tier2
-@pytest.mark.parametrize("nodes", ["localhost", None])
-def test_slurm(nodes: str | None, corpus: Path, expected: list[float], tmp_path: Path) -> None:
-    """The batch script under a stand-in for srun that sets Slurm's variables; with and without scontrol."""
+@pytest.mark.parametrize("nodes", ["localhost", "node[1-2]"])
+def test_slurm(nodes: str, corpus: Path, expected: list[float], tmp_path: Path) -> None:
+    """The batch script under a stand-in for srun that sets Slurm's variables; scontrol spells out a range of nodes."""
     fake(tmp_path, "srun", FAKE_SRUN)
-    variables = {"MASTER_PORT": str(free_port()), "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
-    if nodes:
-        fake(tmp_path, "scontrol", f"echo {nodes}")
-        variables["SLURM_JOB_NODELIST"] = nodes
+    fake(tmp_path, "scontrol", "echo localhost; echo other")
+    variables = {"MASTER_PORT": str(free_port()), "SLURM_JOB_NODELIST": nodes}
     words = settings(corpus, tmp_path / "run")
     done = script("slurm.sbatch", *words, env=environment(tmp_path, **variables))
     assert done.returncode == 0, done.stderr
