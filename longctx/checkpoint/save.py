@@ -91,22 +91,22 @@ def _selectors() -> list[tuple[str, Callable[[Fragment], torch.Tensor]]]:
 def _gathered(
     engine: Engine, mesh: Mesh, select: Callable[[Fragment], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each full tensor on the first rank (garbage elsewhere), one after the other."""
+    """Each full tensor, on the first rank's device (garbage elsewhere), one after the other."""
     for fragment in engine.fragments():
         part = select(fragment)
         if engine.replicated or mesh.world.size == 1:
-            yield fragment.name, part.view(fragment.shape).cpu()
+            yield fragment.name, part.view(fragment.shape)
             continue
         whole = torch.zeros(fragment.shape.numel(), dtype=torch.float32, device=mesh.device)
         whole[fragment.start : fragment.start + part.numel()] = part
         # Summing bit patterns instead of numbers keeps even the sign of a zero: all but one addend are 0.
         bits = whole.view(torch.int32)
         dist.reduce(bits, dst=0, group=mesh.world.handle)
-        yield fragment.name, whole.view(fragment.shape).cpu()
+        yield fragment.name, whole.view(fragment.shape)
 
 
 class _ShardWriter:
-    """Collects tensors into files of at most SHARD_BYTES (a larger single tensor gets its own)."""
+    """Copies tensors to the host and into files of at most SHARD_BYTES (a larger single tensor gets its own)."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.files: dict[str, str] = {}
@@ -118,7 +118,7 @@ class _ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._held and self._bytes + size > SHARD_BYTES:
             self.close()
-        self._held[name] = tensor.contiguous().clone()
+        self._held[name] = tensor.to("cpu", copy=True)
         self._bytes += size
 
     def close(self) -> None:
