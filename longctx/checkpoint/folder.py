@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from longctx.data.tokenizer import Tokenizer
     from longctx.model.decoder import CausalLM
 
-__all__ = ["checkpoint_of", "latest_checkpoint", "load_weights", "open_model", "read_model_config"]
-
 
 def latest_checkpoint(run: Path) -> Path:
     """Newest complete checkpoint of a run.

@@ -2,7 +2,7 @@
 
     step-00000100/
       model.json            the model section of the config, resolved
-      state.json            step, tokens, data cursor, optimizer updates, format version
+      state.json            step (the data cursor too: rows follow from it), tokens, optimizer updates, ...
       index.json            for each tensor set ("model", "exp_avg", "exp_avg_sq"): parameter name -> file
       model-00000.safetensors ...       full-precision weights by parameter name
       exp_avg-00000.safetensors ...     first and second moments by parameter name

@@ -68,7 +68,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json says: step, tokens, data cursor, optimizer updates.
+    """What state.json says: step, tokens, skipped updates, optimizer updates, fingerprints of the corpora.
 
     Raises:
         CheckpointError: the file is damaged or of another format version.

@@ -15,9 +15,9 @@ from corpora import SmallCorpus
 from pool import Pool
 
 from longctx.checkpoint import save
-from longctx.checkpoint.folder import checkpoint_of, latest_checkpoint, load_weights, open_model, read_model_config
+from longctx.checkpoint.folder import checkpoint_of, latest_checkpoint, open_model, read_model_config
 from longctx.checkpoint.format import list_checkpoints
-from longctx.checkpoint.load import load_state, restore_engine, restore_rng
+from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
 from longctx.checkpoint.save import prune, save_checkpoint
 from longctx.config.schema import Model, Train
 from longctx.errors import CheckpointError, LongctxError

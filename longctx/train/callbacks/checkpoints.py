@@ -22,8 +22,6 @@ class Checkpoints(Callback):
             "step": trainer.progress.step,
             "tokens": trainer.progress.tokens,
             "nonfinite": trainer.progress.nonfinite,
-            "next_row": trainer.progress.step * trainer.config.train.batch,
-            "seed": trainer.config.data.seed,
             "corpora": self._fingerprints,
         }
         folder = save_checkpoint(self._run, trainer.engine, trainer.mesh, trainer.model, state, self._tokenizer)
