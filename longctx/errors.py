@@ -27,3 +27,8 @@ class UnsupportedError(LongctxError):
 
 class LaunchError(LongctxError):
     """The processes of a run were started in a way that cannot work."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for a sentence of ours."""
+    return str(error).strip().partition("\n")[0]

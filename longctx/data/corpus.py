@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Shard, Split, read_manifest, shard_digest
-from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.data.tokenizer import Tokenizer, fingerprint_of
 from longctx.errors import DataError
 
 Int64Array = npt.NDArray[np.int64]
@@ -30,10 +30,6 @@ class Corpus:
     @property
     def num_tokens(self) -> int:
         return int(self._shard_starts[-1])
-
-    @property
-    def num_documents(self) -> int:
-        return sum(shard.documents for shard in self.shards)
 
     @property
     def vocab_size(self) -> int:
@@ -72,10 +68,18 @@ class Corpus:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise :class:`DataError` unless ``tokenizer`` is the one that the corpus was built with."""
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            ours, theirs = self.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
+        self._check_fingerprint(tokenizer.path, tokenizer.fingerprint)
+
+    def check_stored_tokenizer(self) -> None:
+        """Raise :class:`DataError` unless the tokenizer stored with the corpus is the one that it was built with."""
+        file = self.tokenizer_folder / self.manifest.tokenizer.file
+        self._check_fingerprint(file, fingerprint_of(file))
+
+    def _check_fingerprint(self, tokenizer: Path, fingerprint: str) -> None:
+        if fingerprint != self.tokenizer_fingerprint:
+            ours, theirs = self.tokenizer_fingerprint[:12], fingerprint[:12]
             raise DataError(
-                f"tokenizer {tokenizer.path} (sha256 {theirs}) is not the one corpus {self.folder} was built with "
+                f"tokenizer {tokenizer} (sha256 {theirs}) is not the one corpus {self.folder} was built with "
                 f"({ours}); use {self.tokenizer_folder} or build the corpus again"
             )
 
@@ -103,7 +107,7 @@ def open_corpus(
         raise DataError(f"corpus split {split!r} is unknown; choose from {', '.join(SPLITS)}")
     manifest = read_manifest(folder)
     corpus = Corpus(folder, split, manifest)
-    corpus.check_tokenizer(load_tokenizer(corpus.tokenizer_folder / manifest.tokenizer.file))
+    corpus.check_stored_tokenizer()
     for shard in corpus.shards:
         _check_size(folder, shard, manifest.itemsize)
     if verify:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from longctx.errors import DataError
+from longctx.errors import DataError, first_line
 
 Errors = Literal["strict", "skip", "replace"]
 _ADVICE = "convert it to UTF-8, or add --errors skip or --errors replace"
@@ -121,7 +121,7 @@ def read_parquet(piece: PieceLike, text_field: str) -> Iterator[RawDocument]:
                 yield RawDocument(content or b"", f"row {row} of {piece.path}")
                 row += 1
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot read column {text_field!r} of {piece.path} as text: {_first_line(error)}") from None
+        raise DataError(f"cannot read column {text_field!r} of {piece.path} as text: {first_line(error)}") from None
 
 
 def count_row_groups(path: str) -> int:
@@ -143,8 +143,4 @@ def _open_parquet(path: str) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        raise DataError(f"{path} is no readable parquet file: {first_line(error)}") from None

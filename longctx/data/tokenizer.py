@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from longctx.errors import DataError
+from longctx.errors import DataError, first_line
 
 _FILES = ("tokenizer.model", "tokenizer.json")
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -64,10 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises :class:`DataError` when there is none, when it cannot be read, or when it has no end-of-document token.
     """
     file = find_tokenizer_file(Path(path))
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read tokenizer {file}: {error.strerror}") from None
+    content = _read(file)
     if file.suffix == ".json":
         backend: _Backend = _HuggingFace(file, content)
     else:
@@ -76,7 +73,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(
             f"tokenizer {file} names no end-of-document token; set eos_token in tokenizer_config.json beside it"
         )
-    return Tokenizer(file, backend, hashlib.sha256(content).hexdigest(), backend.eos_id)
+    return Tokenizer(file, backend, _fingerprint(content), backend.eos_id)
+
+
+def fingerprint_of(path: str | Path) -> str:
+    """The ``fingerprint`` of a tokenizer that is not needed itself. Raises :class:`DataError` if it cannot be read."""
+    return _fingerprint(_read(find_tokenizer_file(Path(path))))
 
 
 def find_tokenizer_file(path: Path) -> Path:
@@ -89,6 +91,17 @@ def find_tokenizer_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise DataError(f"folder {path} holds neither tokenizer.model nor tokenizer.json")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read tokenizer {file}: {error.strerror}") from None
+
+
+def _fingerprint(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class _SentencePiece:
@@ -125,7 +138,7 @@ class _HuggingFace:
         try:
             self._model: Any = Library.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file} is not a Hugging Face tokenizer.json: {_first_line(error)}") from None
+            raise DataError(f"{file} is not a Hugging Face tokenizer.json: {first_line(error)}") from None
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
@@ -160,12 +173,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {_first_line(error)}") from None
+        raise DataError(f"cannot read {file}: {first_line(error)}") from None
     return settings if isinstance(settings, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _or_none(token: int) -> int | None:

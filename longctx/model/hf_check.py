@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longctx.errors import CheckpointError
+from longctx.errors import CheckpointError, first_line
 from longctx.model.decoder import CausalLM
 from longctx.sequence.context import SequenceContext
 
@@ -32,8 +32,7 @@ def compare_with_transformers(model: CausalLM, folder: Path | str, length: int =
     try:
         theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {first_line}") from None
+        raise CheckpointError(f"transformers cannot load {folder}: {first_line(error)}") from None
     theirs.eval()
     vocab_size = model.embed.weight.shape[0]
     length = min(length, model.config.max_position_embeddings or length)

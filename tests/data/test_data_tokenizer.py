@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from longctx.data.tokenizer import load_tokenizer
+from longctx.data.tokenizer import fingerprint_of, load_tokenizer
 from longctx.data.train_tokenizer import train_sentencepiece
 from longctx.errors import DataError
 
@@ -90,7 +90,7 @@ def test_usual_end_token_is_found_without_settings(hf_folder: Path, tmp_path: Pa
 def test_fingerprint_is_that_of_the_file(tokenizer_folder: Path) -> None:
     file = tokenizer_folder / "tokenizer.model"
     tokenizer = load_tokenizer(file)
-    assert tokenizer.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert tokenizer.fingerprint == fingerprint_of(file) == hashlib.sha256(file.read_bytes()).hexdigest()
     assert tokenizer.path == file
 
 
