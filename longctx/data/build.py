@@ -58,7 +58,7 @@ class _Job(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    plan: str
+    plan: Plan
     folder: str
 
 
@@ -101,7 +101,7 @@ def _lead(request: Request, team: Team) -> Built:
         return Built(present, fresh=False)
     target = absolute(Path(request.out))
     with new_folder(target, overwrite=request.overwrite, content=CONTENT) as partial:
-        team.start(_Job(plan=plan.to_json(), folder=str(partial)).model_dump_json())
+        team.start(_Job(plan=plan, folder=str(partial)).model_dump_json())
         try:
             results = _work_and_collect(request, plan, tokenizer, partial, team)
         except BaseException:
@@ -162,9 +162,9 @@ def _work(request: Request, job: _Job, team: Team) -> None:
             raise Stopped
 
     tokenizer = load_tokenizer(request.tokenizer)
-    plan = Plan.from_json(job.plan)
-    for index in range(team.rank, len(plan.units), team.size):
-        result = write_unit(Path(job.folder), index, plan.units[index], tokenizer, request.options, check)
+    units = job.plan.units
+    for index in range(team.rank, len(units), team.size):
+        result = write_unit(Path(job.folder), index, units[index], tokenizer, request.options, check)
         team.report(_Report(result=result).model_dump_json())
 
 

@@ -4,10 +4,9 @@ The input is planned once (which files, in which order, cut into which units of 
 the plan is the same however many workers read it.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -36,20 +35,10 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """Units of work in order. ``unit_bytes`` is the size they were cut to, ``total_bytes`` that of all files."""
+    """Units of work in order, and the size they were cut to."""
 
     units: tuple[Unit, ...]
     unit_bytes: int
-    total_bytes: int
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        raw = json.loads(text)
-        units = tuple(tuple(Piece(**piece) for piece in unit) for unit in raw["units"])
-        return cls(units, int(raw["unit_bytes"]), int(raw["total_bytes"]))
 
 
 def plan_inputs(
@@ -77,7 +66,7 @@ def plan_inputs(
     if unit_bytes is None:
         unit_bytes = min(max(total // _USUAL_UNITS, _SMALLEST_UNIT), _LARGEST_UNIT)
     pieces = [piece for file, size in zip(files, sizes, strict=True) for piece in _cut(file, size, unit_bytes)]
-    return Plan(tuple(_group(pieces, unit_bytes)), unit_bytes, total)
+    return Plan(tuple(_group(pieces, unit_bytes)), unit_bytes)
 
 
 def read_unit(unit: Unit, text_field: str) -> Iterator[RawDocument]:

@@ -32,10 +32,6 @@ class Family:
     qk_norm: bool = False
     windows: str = "none"  # "none", "all" layers, or chosen "layers"
 
-    def default(self, key: str) -> Any:
-        """What an absent key means."""
-        return {**_SHARED_DEFAULTS, **self.defaults}.get(key)
-
 
 _LLAMA = Family("llama", "LlamaForCausalLM", {"max_position_embeddings": 2048}, "attention_bias", mlp_bias=True)
 _MISTRAL = Family(

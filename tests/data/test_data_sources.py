@@ -44,14 +44,15 @@ def test_jsonl_may_be_cut_exactly_at_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
-@pytest.mark.parametrize("unit_bytes", [1, 2000, 10**9])
-def test_parquet_is_cut_by_row_groups(tmp_path: Path, kind: pa.DataType, unit_bytes: int) -> None:
+@pytest.mark.parametrize("unit_bytes, units", [(1, 8), (3000, 4), (10**9, 1)])
+def test_parquet_is_cut_by_row_groups(tmp_path: Path, kind: pa.DataType, unit_bytes: int, units: int) -> None:
     texts = make_texts(50, seed=2)
     table = pa.table({"id": list(range(50)), "body": pa.array([text.encode() for text in texts]).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     plan = plan_inputs([tmp_path], unit_bytes=unit_bytes)
     assert read_all(plan, "body") == texts
-    assert len(plan.units) == (8 if unit_bytes == 1 else 1 if unit_bytes == 10**9 else len(plan.units))
+    # Eight groups of about 1,100 bytes.
+    assert len(plan.units) == units
 
 
 def test_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
@@ -71,11 +72,10 @@ def test_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
 def test_many_small_files_share_units(texts_folder: Path) -> None:
     sizes = [file.stat().st_size for file in texts_folder.rglob("*.txt")]
     plan = plan_inputs([texts_folder], unit_bytes=1000)
-    assert plan.total_bytes == sum(sizes)
+    assert sum(piece.stop for unit in plan.units for piece in unit) == sum(sizes)
     for unit in plan.units:
         assert len(unit) == 1 or sum(piece.stop for piece in unit) <= 1000
     assert 1 < len(plan.units) < len(sizes)
-    assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize(
