@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx.cli.options import whole_number
+
 if TYPE_CHECKING:
     from longctx.data.corpus import Corpus
     from longctx.data.manifest import Manifest
@@ -98,7 +100,7 @@ def _run_build(args: argparse.Namespace) -> int:
         options=Options(args.text_field, args.errors, args.holdout),
         patterns=args.pattern,
         exclude=args.exclude,
-        shard_bytes=None if args.shard_size is None else _positive(args.shard_size, "--shard-size"),
+        shard_bytes=None if args.shard_size is None else whole_number("--shard-size", args.shard_size),
         overwrite=args.overwrite,
     )
     with open_team() as team:
@@ -119,9 +121,9 @@ def _run_tokenizer(args: argparse.Namespace) -> int:
     trained = train_sentencepiece(
         texts,
         args.out,
-        _positive(args.vocab_size, "--vocab-size"),
+        whole_number("--vocab-size", args.vocab_size),
         kind=args.kind,
-        sample_bytes=_positive(args.sample, "--sample"),
+        sample_bytes=whole_number("--sample", args.sample),
         overwrite=args.overwrite,
     )
     if texts.skipped:
@@ -188,16 +190,3 @@ def _print_lengths(corpus: "Corpus") -> None:
         return
     median, most = np.quantile(lengths, [0.5, 0.9])
     print(f"{corpus.split:<12} each: median {median:,.0f}, 90 % below {most:,.0f}, most {lengths.max():,} tokens")
-
-
-def _positive(text: str, option: str) -> int:
-    from longctx.config.humanint import parse_int
-    from longctx.errors import DataError
-
-    try:
-        value = int(parse_int(text))
-    except ValueError as error:
-        raise DataError(f"{option}: {error}") from None
-    if value <= 0:
-        raise DataError(f"{option} is {text}; give a number above 0")
-    return value

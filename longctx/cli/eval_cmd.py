@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from longctx.cli.options import give_way
+from longctx.cli.options import give_way, whole_number
 
 HELP = "perplexity by position and needle retrieval of a run, checkpoint or Hugging Face folder"
 
@@ -65,25 +65,12 @@ def _numbers(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as numbers, under the names of :class:`longctx.eval.run.Request`."""
     names = {"length": "length", "batches": "rows", "samples": "samples"}
     numbers: dict[str, Any] = {
-        target: _count(f"--{option}", getattr(args, option))
+        target: whole_number(f"--{option}", getattr(args, option))
         for option, target in names.items()
         if getattr(args, option) is not None
     }
     if args.lengths is not None:
-        numbers["lengths"] = tuple(_count("--lengths", part) for part in args.lengths.split(","))
+        numbers["lengths"] = tuple(whole_number("--lengths", part) for part in args.lengths.split(","))
     if args.seed is not None:
-        numbers["seed"] = _count("--seed", args.seed, least=0)
+        numbers["seed"] = whole_number("--seed", args.seed, least=0)
     return numbers
-
-
-def _count(option: str, text: str, least: int = 1) -> int:
-    from longctx.config.humanint import parse_int
-    from longctx.errors import LongctxError
-
-    try:
-        number = int(parse_int(text))
-    except ValueError as error:
-        raise LongctxError(f"{option}: {error}") from None
-    if number < least:
-        raise LongctxError(f"{option} must be at least {least}, not {number}")
-    return number

@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.cli.options import whole_number
+from longctx.config.hf_folder import ARCHITECTURES
+
 if TYPE_CHECKING:
     from longctx.model.decoder import CausalLM
 
@@ -13,8 +16,9 @@ HELP = "write a run or checkpoint as a Hugging Face folder"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="run, checkpoint or Hugging Face folder")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write")
-    families = ("llama", "mistral", "qwen2", "qwen3")
-    parser.add_argument("--family", choices=families, help="architecture to write (default: model.family)")
+    parser.add_argument(
+        "--family", choices=ARCHITECTURES.values(), help="architecture to write (default: model.family)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard", metavar="BYTES", default="5G", help="size of a weight file (default 5G)")
     parser.add_argument("--check", action="store_true", help="compare logits with transformers' own class")
@@ -29,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from longctx.model.families import check_exportable
     from longctx.model.hf import save_hf
 
-    max_shard = _parse_bytes(args.max_shard)
+    max_shard = whole_number("--max-shard", args.max_shard)
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, config, tokenizer = open_model(args.source)
     config = config.model_copy(update={"family": args.family or config.family})
@@ -56,16 +60,3 @@ def _check(folder: Path, model: "CausalLM") -> None:
     )
     if not difference <= TOLERANCE:
         raise CheckpointError(f"the export {folder} does not reproduce the model: logits differ by {difference:.2e}")
-
-
-def _parse_bytes(text: str) -> int:
-    from longctx.config.humanint import parse_int
-    from longctx.errors import ConfigError
-
-    try:
-        size = int(parse_int(text))
-    except ValueError as error:
-        raise ConfigError(f"--max-shard: {error}") from None
-    if size < 1:
-        raise ConfigError(f"--max-shard must be a positive number of bytes, got {text}")
-    return size

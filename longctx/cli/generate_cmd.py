@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from longctx.cli.options import whole_number
+
 HELP = "continue a text with a trained model"
 
 
@@ -12,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
     prompt.add_argument("--file", metavar="FILE", type=Path, help="UTF-8 file to continue")
-    parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="tokens to write (default 128)")
+    parser.add_argument("--max-tokens", metavar="N", default="128", help="tokens to write (default 128)")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument(
         "--top-p", metavar="P", type=float, default=1.0, help="nucleus of the probabilities (default 1)"
@@ -31,14 +33,15 @@ def run(args: argparse.Namespace) -> int:
     from longctx.generate import Sampling, stream_text
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    if args.max_tokens < 1:
-        raise ConfigError(f"--max-tokens must be at least 1, got {args.max_tokens}")
+    if args.top_p != 1 and args.temperature == 0:
+        raise ConfigError(f"--top-p {args.top_p} has no effect at temperature 0, which is greedy; add --temperature 1")
+    max_tokens = whole_number("--max-tokens", args.max_tokens)
     prompt = _read_prompt(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, _, tokenizer = open_model(args.model, device=device)
-    for piece in stream_text(model, tokenizer, prompt, args.max_tokens, sampling, args.stop):
+    for piece in stream_text(model, tokenizer, prompt, max_tokens, sampling, args.stop):
         print(piece, end="", flush=True)
     print()
     return 0

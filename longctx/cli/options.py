@@ -1,7 +1,14 @@
-"""What several commands share: arguments, and how a rank that has nothing to say ends."""
+"""What several commands share: arguments, checked configs, and how a rank that has nothing to say ends."""
 
 import argparse
 import time
+import typing
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from longctx.config.check import Problem
+    from longctx.config.schema import Config, Model
 
 _GIVE_WAY_S = 20.0
 
@@ -24,3 +31,57 @@ def give_way() -> int:
     """
     time.sleep(_GIVE_WAY_S)
     return 2
+
+
+def load_runnable(args: argparse.Namespace, world: int | None) -> "Config":
+    """The config of :func:`add_config_arguments` with every fault that can be found before torch is imported.
+
+    Raises:
+        ConfigError: one line per fault, each with the place it was written.
+    """
+    from longctx.config.check import load_checked
+
+    return load_checked(args.config, args.overrides, world, [_find_model_problems])
+
+
+def described_model(config: "Config") -> "Model":
+    """The model that will be trained, as far as it is known without its tokenizer.
+
+    Raises:
+        ConfigError: the Hugging Face folder it starts from is unusable.
+    """
+    from longctx.model.families import read_hf_config
+
+    model = config.model
+    if model.from_hf is not None:
+        model = model.over(read_hf_config(model.from_hf))
+    return model.model_copy(update={"max_position_embeddings": model.max_position_embeddings or config.sequence.length})
+
+
+def _find_model_problems(config: "Config") -> "Iterator[Problem]":
+    from longctx.config.check import Problem
+    from longctx.errors import ConfigError
+    from longctx.model.families import check_exportable
+
+    try:
+        check_exportable(described_model(config))
+    except ConfigError as error:
+        yield Problem(("model", "from_hf" if config.model.from_hf else "family"), str(error))
+
+
+def whole_number(option: str, text: str, least: int = 1) -> int:
+    """Value of an option that may be written ``128k``.
+
+    Raises:
+        ConfigError: it is no whole number, or below ``least``.
+    """
+    from longctx.config.humanint import parse_int
+    from longctx.errors import ConfigError
+
+    try:
+        number = int(parse_int(text))
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    if number < least:
+        raise ConfigError(f"{option} must be at least {least}, not {number}")
+    return number

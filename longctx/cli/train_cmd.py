@@ -3,9 +3,11 @@
 import argparse
 import typing
 
-from longctx.cli.options import add_config_arguments, give_way
+from longctx.cli.options import add_config_arguments, give_way, load_runnable
 
 if typing.TYPE_CHECKING:
+    import torch
+
     from longctx.config.schema import Config
     from longctx.runtime.launcher import Launch
 
@@ -19,30 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One process of the run; a launcher starts as many as there are ranks. Raises LongctxError for bad input."""
-    from longctx.config.load import load_config
     from longctx.errors import ConfigError
     from longctx.runtime.launcher import read_launch
 
     launch = read_launch()
     try:
-        config = load_config(args.config, args.overrides)
-        check_config(config, launch.world)
-        _check_device(config, launch)
+        config = load_runnable(args, launch.world)
+        device = _device(config, launch)
     except ConfigError:
         # Every rank finds the same faults; one per node says them, since nodes may hold different files.
         if launch.local_rank == 0:
             raise
         return give_way()
-    return _train(config, launch)
+    return _train(config, launch, device)
 
 
-def _check_device(config: "Config", launch: "Launch") -> None:
-    from longctx.runtime.process import choose_device
+def _device(config: "Config", launch: "Launch") -> "torch.device":
+    from longctx.runtime.process import choose_device  # imports torch: not before the config is known to be good
 
-    choose_device(config.runtime, launch)
+    return choose_device(config.runtime, launch)
 
 
-def _train(config: "Config", launch: "Launch") -> int:
+def _train(config: "Config", launch: "Launch", device: "torch.device") -> int:
     from longctx.config.load import dump_config
     from longctx.runtime.agreement import FailedElsewhere
     from longctx.runtime.process import joined_world
@@ -52,7 +52,7 @@ def _train(config: "Config", launch: "Launch") -> int:
     if launch.rank == 0:
         print(dump_config(config), flush=True)
     try:
-        with joined_world(config.runtime, config.sequence.degree) as mesh:
+        with joined_world(config.runtime, config.sequence.degree, launch, device) as mesh:
             build_trainer(config, mesh).run()
     except FailedElsewhere:
         return give_way()
@@ -61,14 +61,3 @@ def _train(config: "Config", launch: "Launch") -> int:
             raise
         return give_way()
     return 0
-
-
-def check_config(config: "Config", world: int) -> None:
-    """Raise ConfigError with every problem ``longctx check --world N`` would report."""
-    from longctx.config.check import find_problems
-    from longctx.config.document import dotted
-    from longctx.errors import ConfigError
-
-    problems = find_problems(config, world)
-    if problems:
-        raise ConfigError("\n".join(f"{dotted(p.path)}: {p.message}" for p in problems))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.config.document import Document, KeyPath, dotted, read_document
+from longctx.config.document import KeyPath, dotted, read_document
 from longctx.config.hf_folder import read_hf_json
 from longctx.config.load import validate
 from longctx.config.schema import MIXER_NAMES, Config, Model, Section
@@ -26,8 +26,16 @@ class Problem:
     message: str
 
 
-def load_checked(path: str | Path, overrides: Sequence[str] = (), world: int | None = None) -> Config:
+Rule = Callable[[Config], Iterator[Problem]]
+
+
+def load_checked(
+    path: str | Path, overrides: Sequence[str] = (), world: int | None = None, more: Sequence[Rule] = ()
+) -> Config:
     """Read a config that is fit to run on ``world`` ranks.
+
+    Args:
+        more: rules of rooms that this one does not know.
 
     Raises:
         ConfigError: one line per fault, of sections, across sections and against files, each with its origin.
@@ -35,15 +43,12 @@ def load_checked(path: str | Path, overrides: Sequence[str] = (), world: int | N
     document = read_document(path, overrides)
     config, faults = validate(document)
     if config is not None:
-        faults = describe(document, find_problems(config, world))
+        problems = [*find_problems(config, world), *(problem for rule in more for problem in rule(config))]
+        # Two rules may stumble over one missing file.
+        faults = [f"{document.where(p.path)}: {dotted(p.path)}: {p.message}" for p in dict.fromkeys(problems)]
     if config is None or faults:
         raise ConfigError("\n".join(faults))
     return config
-
-
-def describe(document: Document, problems: Sequence[Problem]) -> list[str]:
-    """Each problem as one line: origin, key, sentence."""
-    return [f"{document.where(problem.path)}: {dotted(problem.path)}: {problem.message}" for problem in problems]
 
 
 def find_problems(config: Config, world: int | None = None) -> list[Problem]:
@@ -227,7 +232,7 @@ def _packages(config: Config) -> Iterator[Problem]:
             yield Problem(("track", name), f"needs the package {name}; install it with `pip install 'longctx[track]'`")
 
 
-_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+_RULES: tuple[Rule, ...] = (
     _without_effect, _run, _from_hf, _mixer, _rope, _data, _sequence, _train, _engine, _packages,
 )  # fmt: skip
 

@@ -151,6 +151,11 @@ class Model(Section):
     def ffn_size(self) -> int:
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
+    def over(self, base: "Model") -> "Model":
+        """The model that ``from_hf`` names with what may be set beside it: rope and the longest position."""
+        chosen = {key: getattr(self, key) for key in {"rope", "max_position_embeddings"} & self.model_fields_set}
+        return base.model_copy(update={key: value for key, value in chosen.items() if value is not None})
+
     def window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens, or None for full attention."""
         uses = self.window_layers is None or self.window_layers[layer]

@@ -16,14 +16,20 @@ from longctx.runtime.rendezvous import open_store
 
 
 @contextmanager
-def joined_world(runtime: Runtime, sequence_degree: int) -> Iterator[Mesh]:
+def joined_world(
+    runtime: Runtime, sequence_degree: int, launch: Launch | None = None, device: torch.device | None = None
+) -> Iterator[Mesh]:
     """Join the world this process was launched into, build the mesh, and leave the world at the end.
+
+    Args:
+        launch: this process's place; read from the environment if not given.
+        device: of this process; the one ``runtime`` asks for if not given.
 
     Raises:
         ConfigError, LaunchError: the world cannot be joined, or another rank is lost while it lasts.
     """
-    launch = read_launch()
-    device = choose_device(runtime, launch)
+    launch = launch or read_launch()
+    device = device or choose_device(runtime, launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // launch.local_world))

@@ -1,7 +1,7 @@
 """From a config and a mesh to a trainer that is ready to run or to go on; collective over the world."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,7 +12,7 @@ from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.rows import Rows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import CheckpointError, ConfigError, DataError
-from longctx.model.decoder import CausalLM
+from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
 from longctx.runtime.agreement import agree
@@ -63,13 +63,9 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
     Raises:
         ConfigError: the tokenizer has more tokens than the model has embeddings.
     """
-    if config.model.from_hf is not None:
-        base = read_hf_config(config.model.from_hf)
-        replaced = {key: getattr(config.model, key) for key in ("rope", "max_position_embeddings")}
-        chosen = {key: value for key, value in replaced.items() if key in config.model.model_fields_set and value}
-        model = base.model_copy(update=chosen)
-    else:
-        model = config.model
+    model = config.model
+    if model.from_hf is not None:
+        model = model.over(read_hf_config(model.from_hf))
     update: dict[str, int] = {}
     if model.vocab_size is None:
         update["vocab_size"] = tokenizer.vocab_size
@@ -101,6 +97,14 @@ def build_model(config: Config, model_config: Model, checkpoint: Path | None) ->
         model.tie_weights()
     else:
         model = CausalLM(model_config, recompute=recompute, seed=config.train.seed)
+    layout = config.sequence.layout
+    for index, layer in enumerate(model.layers):
+        accepted = cast(DecoderLayer, layer).mixer.layouts
+        if layout not in accepted:
+            raise ConfigError(
+                f"sequence.layout = {layout} is not one that the mixer {model_config.mixer} of layer {index} accepts; "
+                f"use {' or '.join(sorted(accepted))}"
+            )
     return model.requires_grad_(True)
 
 

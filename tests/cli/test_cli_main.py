@@ -89,7 +89,7 @@ def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "argv", [["chekc"], ["check", "--nope"], ["check", "a.yaml", "--world", "0"], ["check", "a", "-x=1"]]
+    "argv", [["chekc"], ["check", "--nope"], ["check", "a", "-x=1"], ["export", "a", "--out", "b", "--family", "gpt2"]]
 )
 def test_misuse_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -164,10 +164,76 @@ def test_check_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "as a Hugging Face llama model" in out
 
 
-def test_check_says_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.qk_norm=true", "model.family: family 'llama' cannot express qk_norm = True; set model.family to qwen3"),
+        ("model.mixer=softmx", "model.mixer: 'softmx' is unknown; choices: softmax"),
+        ("engine={kind: torch, zero: 3}", "engine.zero: has no effect: engine.kind torch shards nothing"),
+    ],
+)
+def test_check_and_train_refuse_the_same(
+    tmp_path: Path, override: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: check said ok where training refused: models no family can express, unknown mixers.
+
+    Fix: both load the config through one function. Strategy: the same line from both, origin and all.
+    """
     file = write_runnable(tmp_path)
-    assert entry.main(["check", str(file), "model.qk_norm=true"]) == 0
-    assert "not possible: family 'llama' cannot express" in capsys.readouterr().out
+    told = []
+    for command in ("check", "train"):
+        assert entry.main([command, str(file), override]) == 2
+        told.append(capsys.readouterr().err)
+    assert says in told[0]
+    assert told[0] == told[1]
+    assert told[0].startswith(("error: override", f"error: {file}"))
+
+
+def test_what_a_hugging_face_folder_decides_is_not_shown_as_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: --show printed the schema's shapes for a model that comes from a folder, as if they were its own.
+
+    Fix: what the folder decides is left out; the summary reads the folder. Strategy: a folder of two layers.
+    """
+    file = write_runnable(tmp_path, model={"from_hf": str(hf_folder(tmp_path / "hf"))})
+    assert entry.main(["check", str(file), "--show", "model.rope.rope_theta=7e5"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert shown.keys() == {"from_hf", "rope"}
+    assert shown["rope"] == {"rope_type": "default", "rope_theta": 7e5, "partial_rotary_factor": 1.0}
+    assert entry.main(["check", str(file)]) == 0
+    assert "llama, 2 layers, width 32" in capsys.readouterr().out
+
+
+def test_only_deepspeed_has_a_zero_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_runnable(tmp_path)
+    for override, line in (("engine.kind=torch", "torch, fp32"), ("engine.zero=3", "deepspeed, ZeRO 3, fp32")):
+        assert entry.main(["check", str(file), override]) == 0
+        assert f"  engine     {line}\n" in capsys.readouterr().out
+
+
+def test_only_softmax_is_said_to_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("longctx.config.check.MIXER_NAMES", ("softmax", "other"))
+    assert entry.main(["check", str(write_runnable(tmp_path)), "model.mixer=other"]) == 0
+    assert "  export     not possible: only softmax exports\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["check", "a.yaml", "--world", "0"], "--world must be at least 1, not 0"),
+        (["check", "a.yaml", "--world", "two"], "--world: 'two' is not a whole number"),
+        (
+            ["generate", "m", "--prompt", "a", "--top-p", "0.1"],
+            "--top-p 0.1 has no effect at temperature 0, which is greedy; add --temperature 1",
+        ),
+    ],
+)
+def test_options_that_make_no_sense(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
 
 
 def test_check_reports_every_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ BAD_USES = {
         "cannot write output folder",
     ),
     "bad size": (["build", "texts", "--tokenizer", "{tok}", "--out", "out", "--shard-size", "x"], "--shard-size: 'x'"),
-    "zero size": (["build", "texts", "--tokenizer", "{tok}", "--out", "out", "--shard-size", "0"], "--shard-size is 0"),
+    "zero size": (["build", "texts", "--tokenizer", "{tok}", "--out", "out", "--shard-size", "0"], "--shard-size must"),
     "bad holdout": (["build", "texts", "--tokenizer", "{tok}", "--out", "out", "--holdout", "2"], "--holdout is 2.0"),
     "nan holdout": (["build", "texts", "--tokenizer", "{tok}", "--out", "out", "--holdout", "nan"], "--holdout is nan"),
     "big vocabulary": (["tokenizer", "texts", "--out", "out", "--vocab-size", "1Mi"], "too small for a vocabulary"),
