@@ -75,10 +75,8 @@ class SoftmaxMixer(Mixer):
         v_BTKE = self.v_proj(x_BTD).view(batch, tokens, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
-        positions_BT = context.positions(x_BTD.device)
-        q_BTHE = self.rope.rotate(q_BTHE, positions_BT, context.length)
-        k_BTKE = self.rope.rotate(k_BTKE, positions_BT, context.length)
-        return q_BTHE, k_BTKE, v_BTKE
+        cos_sin = self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
+        return self.rope.rotate(q_BTHE, cos_sin), self.rope.rotate(k_BTKE, cos_sin), v_BTKE
 
     def mix(
         self, prepared: tuple[Tensor, ...], context: SequenceContext, state: KVState | None = None, memory: Any = None

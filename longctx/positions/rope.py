@@ -99,28 +99,26 @@ class RotaryEmbedding:
             self._tables[key] = self._frequencies(length, dtype).to(device)
         return self._tables[key]
 
-    def rotate(self, x_BTHE: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        """Rotate queries or keys by their positions; the result has the dtype of ``x_BTHE``.
+    def cos_sin(self, positions_BT: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, 1, R/2] by which :meth:`rotate` turns heads of activations in ``dtype``.
 
         Args:
             positions_BT: position of each local token inside its document.
             length: global tokens of the sequence; only length-dependent types look at it.
         """
-        cos_BT1R, sin_BT1R = self._cos_sin(positions_BT, length, x_BTHE.dtype)
-        rotated_BTHR = x_BTHE[..., : self.rotary_dim]
-        first, second = rotated_BTHR.chunk(2, dim=-1)
-        turned_BTHR = torch.cat((-second, first), dim=-1)
-        out_BTHR = (rotated_BTHR * cos_BT1R + turned_BTHR * sin_BT1R).to(x_BTHE.dtype)
-        if self.rotary_dim == x_BTHE.shape[-1]:
-            return out_BTHR
-        return torch.cat((out_BTHR, x_BTHE[..., self.rotary_dim :]), dim=-1)
-
-    def _cos_sin(self, positions_BT: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         frequencies = self.inv_freq(length, precise, positions_BT.device)
         angles = positions_BT[..., None, None].to(precise) * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+    def rotate(self, x_BTHE: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate queries or keys by the angles of :meth:`cos_sin`; the result has the dtype of ``x_BTHE``."""
+        cos, sin = cos_sin
+        first, second = x_BTHE[..., : self.rotary_dim].chunk(2, dim=-1)
+        out_BTHR = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
+        if self.rotary_dim == x_BTHE.shape[-1]:
+            return out_BTHR
+        return torch.cat((out_BTHR, x_BTHE[..., self.rotary_dim :]), dim=-1)
 
     def _original_length(self) -> int:
         """Length the frequencies were trained at; dynamic scaling measures against ``max_position_embeddings``."""
