@@ -5,7 +5,7 @@ Legend: B batch, S global tokens, T local tokens, H query heads, K kv heads, E h
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import Documents
 
-KERNELS = {"naive": NAIVE, "cpu_flash": CPU_FLASH}
+KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLASH}
 
 
 @dataclass(frozen=True)

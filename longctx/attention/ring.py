@@ -5,6 +5,7 @@ the backward of FlashAttention (global out and log-sum-exp in every block). Lege
 rows, H query heads, K kv heads, E head dim.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,10 @@ class RingAttention(torch.autograd.Function):
         ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
     ) -> torch.Tensor:
         partial = Partial.empty(q_NHE)
-        kv_M2KE = torch.stack((k_MKE, v_MKE), dim=1)
-        for _, source, block in circulate(kv_M2KE, call.sizes, call.schedule, call.group, call.ledger):
-            if block is None:
+        for _, source, kv in _blocks(k_MKE, v_MKE, call):
+            if kv is None:
                 continue
-            slices = call.plan.slices(call.group.rank, source)
-            partial.attend(q_NHE, block[:, 0], block[:, 1], slices, call.kernel, call.scale)
+            partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scale)
         out_NHE = partial.out_NHE.to(q_NHE.dtype)
         ctx.save_for_backward(q_NHE, k_MKE, v_MKE, out_NHE, partial.lse_NH)
         ctx.call = call
@@ -64,16 +63,13 @@ class RingAttention(torch.autograd.Function):
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors
         dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
-        kv_M2KE = torch.stack((k_MKE, v_MKE), dim=1)
-        own = kv_M2KE.new_empty((0, *kv_M2KE.shape[1:]), dtype=lse_NH.dtype)
+        own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=lse_NH.dtype)
         homeward = Homeward(own, call.sizes, call.schedule, call.group, call.ledger)
-        for hop, source, block in circulate(kv_M2KE, call.sizes, call.schedule, call.group, call.ledger):
+        for hop, source, kv in _blocks(k_MKE, v_MKE, call):
             dkv_M2KE = None
-            if block is not None:
+            if kv is not None:
                 slices = call.plan.slices(call.group.rank, source)
-                dkv_M2KE = gradients(
-                    dout_NHE, q_NHE, block[:, 0], block[:, 1], out_NHE, lse_NH, slices, call.kernel, call.scale, dq_NHE
-                )
+                dkv_M2KE = gradients(dout_NHE, q_NHE, *kv, out_NHE, lse_NH, slices, call.kernel, call.scale, dq_NHE)
             if hop == 0:
                 assert dkv_M2KE is not None
                 own = dkv_M2KE
@@ -83,6 +79,18 @@ class RingAttention(torch.autograd.Function):
         if arrived is not None:
             own += arrived
         return dq_NHE.to(q_NHE.dtype), own[:, 0].to(k_MKE.dtype), own[:, 1].to(v_MKE.dtype), None
+
+
+def _blocks(
+    k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
+) -> Iterator[tuple[int, int, tuple[torch.Tensor, torch.Tensor] | None]]:
+    """Hop, source and that source's keys and values, as they come; the rank's own are copied only to be sent."""
+    own = torch.stack((k_MKE, v_MKE), dim=1) if call.schedule.hops else k_MKE
+    for hop, source, block in circulate(own, call.sizes, call.schedule, call.group, call.ledger):
+        if hop == 0:
+            yield hop, source, (k_MKE, v_MKE)
+        else:
+            yield hop, source, None if block is None else (block[:, 0], block[:, 1])
 
 
 def planned_traffic(plan: AttentionPlan, rank: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Transfer]:

@@ -19,7 +19,7 @@ class Group:
     """Some ranks of the world in a fixed order, and this process's place among them.
 
     ``handle`` and ``returning`` are two communicators over the same ranks: what flows back (gradients) must not queue
-    behind what flows forward. Both are None for a group of one, which never communicates.
+    behind what flows forward. Both are None for a group that never communicates: one rank, or the data ranks.
     """
 
     rank: int
@@ -85,8 +85,9 @@ def build_mesh(sequence_degree: int, device: torch.device, timeout_s: int = 600)
     rows = [tuple(range(i, i + sequence_degree)) for i in range(0, world_size, sequence_degree)]
     columns = [tuple(range(i, world_size, sequence_degree)) for i in range(sequence_degree)]
     limit = timedelta(seconds=timeout_s)
-    sequence, data = _join(rows, rank, limit), _join(columns, rank, limit)
-    return Mesh(world, data, sequence, device)
+    # Data ranks never talk among themselves: gradients and counters are summed over the world.
+    data = Group(rank // sequence_degree, columns[rank % sequence_degree])
+    return Mesh(world, data, _join(rows, rank, limit), device)
 
 
 def _join(groups: list[tuple[int, ...]], rank: int, limit: timedelta) -> Group:

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from longctx.errors import UnsupportedError
 from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.gather import gather_shards
 from longctx.sequence.collectives.ledger import Ledger
 from longctx.sequence.layout import Layout
 from longctx.sequence.plan import AttentionPlan, Documents
@@ -113,17 +113,7 @@ class SequenceContext:
 
     def unshard(self, x_BT: torch.Tensor) -> torch.Tensor:
         """Gather all ranks' tokens into global order along dimension 1. Not differentiable."""
-        if self.degree == 1:
-            return x_BT
-        shape = list(x_BT.shape)
-        shape[1] = max(self.layout.sizes)
-        padded = x_BT.new_zeros(shape)
-        padded[:, : x_BT.shape[1]] = x_BT.detach()
-        gathered = [torch.empty_like(padded) for _ in range(self.degree)]
-        dist.all_gather(gathered, padded, group=self.group.handle)
-        shape[1] = self.length
-        x_BS = x_BT.new_empty(shape)
-        for rank, part in enumerate(gathered):
-            index_T = torch.from_numpy(self.layout.indices(rank)).to(x_BT.device)
-            x_BS[:, index_T] = part[:, : self.layout.sizes[rank]]
+        x_BS = x_BT.new_empty(x_BT.shape[0], self.length, *x_BT.shape[2:])
+        for rank, part in enumerate(gather_shards(x_BT, self.layout.sizes, self.group)):
+            x_BS[:, torch.from_numpy(self.layout.indices(rank)).to(x_BT.device)] = part
         return x_BS

@@ -91,11 +91,6 @@ class AttentionPlan:
             for source in range(size)
         )
 
-    @cached_property
-    def hops(self) -> int:
-        """Ring steps in which any block moves."""
-        return max(self.last_hop)
-
     def _uncoalesced(self, rank: int, source: int) -> Iterator[Slice]:
         keys = self._key_pieces[source]
         for document, q_pieces in self._query_pieces[rank].items():

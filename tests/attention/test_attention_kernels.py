@@ -144,7 +144,8 @@ def test_kernels_are_chosen_by_device_and_dtype() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert {choose_kernel(cpu, d) for d in (torch.float64, torch.float32, torch.bfloat16)} == {CPU_FLASH}
     assert choose_kernel(cuda, torch.bfloat16) is choose_kernel(cuda, torch.float16) is CUDA_FLASH
-    assert choose_kernel(cuda, torch.float64) is NAIVE
+    with pytest.warns(UserWarning, match="no fast attention kernel for torch.float64 on cuda"):
+        assert choose_kernel(cuda, torch.float64) is NAIVE
     for device, dtype in ((cpu, torch.float16), (cpu, torch.int64), (torch.device("meta"), torch.float32)):
         with pytest.raises(UnsupportedError, match=f"{dtype} on {device.type}"):
             choose_kernel(device, dtype)

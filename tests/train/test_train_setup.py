@@ -16,6 +16,7 @@ from longctx.config.schema import Config, Model
 from longctx.data.corpus import open_corpus
 from longctx.data.rows import Rows
 from longctx.errors import CheckpointError, ConfigError, DataError, LongctxError
+from longctx.mixers import SoftmaxMixer
 from longctx.model.decoder import CausalLM
 from longctx.model.hf import load_hf, save_hf
 from longctx.runtime.mesh import alone, build_mesh
@@ -320,3 +321,13 @@ def test_the_step_line_shows_what_a_user_wants(
     for word in ("step 1/2", "loss", "gnorm", "lr", "tok/s", "mfu n/a", "mem", "eta"):
         assert word in lines[0]
     assert any("held-out loss" in line for line in lines) and any("checkpoint" in line for line in lines)
+
+
+def test_a_layout_that_the_mixer_does_not_accept(
+    small: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SoftmaxMixer, "layouts", frozenset({"contiguous"}))
+    config = small.config(tmp_path / "run")
+    assert config.sequence.layout == "zigzag"
+    with pytest.raises(ConfigError, match=r"sequence\.layout = zigzag .*mixer softmax of layer 0 .*use contiguous"):
+        build_trainer(config, alone())

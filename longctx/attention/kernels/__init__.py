@@ -1,5 +1,7 @@
 """Kernels: one file per backend, one signature. The choice depends on the device and dtype alone."""
 
+import warnings
+
 import torch
 
 from longctx.attention.kernels.base import Kernel
@@ -19,6 +21,9 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
     """
     kernels = {"cpu": (CPU_FLASH,), "cuda": (CUDA_FLASH, NAIVE)}.get(device.type, ())
     for kernel in kernels:
-        if dtype in kernel.dtypes:
-            return kernel
+        if dtype not in kernel.dtypes:
+            continue
+        if kernel is NAIVE:
+            warnings.warn(f"no fast attention kernel for {dtype} on {device.type}; use bfloat16", stacklevel=2)
+        return kernel
     raise UnsupportedError(f"no attention kernel for {dtype} on {device.type}; use float32 or bfloat16 on cpu or cuda")

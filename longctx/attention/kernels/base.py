@@ -34,7 +34,10 @@ class Backward(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend: its name, the dtypes and head sizes it takes, and its two functions."""
+    """A backend: its name, the dtypes and head sizes it takes, and its two functions.
+
+    ``tile``: most rows and columns of one call, for a kernel whose memory grows with their product.
+    """
 
     name: str
     dtypes: frozenset[torch.dtype]
@@ -42,6 +45,7 @@ class Kernel:
     backward: Backward
     head_multiple: int = 1
     head_limit: int | None = None
+    tile: int | None = None
 
     def check(self, dtype: torch.dtype, head_dim: int) -> None:
         """Refuse what this kernel does not take.

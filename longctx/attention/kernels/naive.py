@@ -47,4 +47,6 @@ def backward(
     return dq_NHE.to(q_NHE.dtype), dk.to(k_MKE.dtype), dv.to(v_MKE.dtype)
 
 
-NAIVE = Kernel("naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward)
+NAIVE = Kernel(
+    "naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward, tile=1024
+)

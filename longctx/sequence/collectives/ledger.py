@@ -20,7 +20,3 @@ class Ledger:
     """The transfers of this rank, in the order they were posted."""
 
     transfers: list[Transfer] = field(default_factory=list)
-
-    def sent(self) -> int:
-        """Bytes sent so far."""
-        return sum(t.bytes for t in self.transfers if t.direction == "send")

@@ -40,10 +40,6 @@ class Schedule:
         """Whether ``rank`` passes the block it holds at ``hop`` on to the next rank."""
         return hop < self.last_hop[self.source(rank, hop)]
 
-    def returns(self, rank: int, hop: int) -> bool:
-        """Whether the block at ``rank`` is at its last stop, away from home."""
-        return 0 < hop == self.last_hop[self.source(rank, hop)]
-
 
 def circulate(
     block: torch.Tensor, sizes: Sequence[int], schedule: Schedule, group: Group, ledger: Ledger | None = None
@@ -60,10 +56,10 @@ def circulate(
         works: list[dist.Work] = []
         following: torch.Tensor | None = None
         operations = []
-        if hop < schedule.hops and schedule.forwards(rank, hop):
+        if schedule.forwards(rank, hop):
             assert current is not None
             operations.append(_post("ring", "send", current, right, group, ledger, group.handle))
-        if hop < schedule.hops and schedule.forwards(left, hop):
+        if schedule.forwards(left, hop):
             following = block.new_empty(sizes[schedule.source(rank, hop + 1)], *block.shape[1:])
             operations.append(_post("ring", "receive", following, left, group, ledger, group.handle))
         if operations:
@@ -139,9 +135,9 @@ def planned_transfers(
     right, left = (rank + 1) % size, (rank - 1) % size
     planned: list[Transfer] = []
     for hop in range(schedule.hops + 1):
-        if hop < schedule.hops and schedule.forwards(rank, hop):
+        if schedule.forwards(rank, hop):
             planned.append(Transfer("ring", "send", right, sizes[schedule.source(rank, hop)] * row_bytes))
-        if hop < schedule.hops and schedule.forwards(left, hop):
+        if schedule.forwards(left, hop):
             planned.append(Transfer("ring", "receive", left, sizes[schedule.source(left, hop)] * row_bytes))
         if return_row_bytes is None or hop == 0:
             continue
