@@ -3,8 +3,8 @@
 #
 #   bash tools/setup_env.sh [EXTRA...]        EXTRA: test, eval, dev, track (see pyproject.toml); none: the package alone
 #
-# A stamp per set of extras remembers what was installed, so a second call takes no time until pyproject.toml,
-# tools/constraints.txt or this script change. Environment: PYTHON=python3 names the interpreter; pip's own variables
+# A stamp per set of extras remembers what was installed, so a second call for these extras or fewer takes no time until
+# pyproject.toml, tools/constraints.txt or this script change. Environment: PYTHON=python3 names the interpreter; pip's own variables
 # (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where packages come from, and with that CPU or CUDA builds of torch.
 set -euo pipefail
 
@@ -32,8 +32,22 @@ check_machine() {
 }
 
 fingerprint() {
-    { cat "$root/pyproject.toml" "$constraints" "${BASH_SOURCE[0]}" && echo "$extras" && "$venv/bin/python" -VV; } |
+    { cat "$root/pyproject.toml" "$constraints" "${BASH_SOURCE[0]}" && "$venv/bin/python" -VV; } |
         sha256sum | cut -d' ' -f1
+}
+
+# Whether an earlier call installed all that is asked for.
+is_installed() {
+    local now stamp extra
+    now=$(fingerprint)
+    for stamp in "$venv"/longctx-installed-*; do
+        [ "$(cat "$stamp" 2>/dev/null)" = "$now" ] || continue
+        for extra in ${extras//,/ }; do
+            [[ ",${stamp##*/longctx-installed-}," = *",$extra,"* ]] || continue 2
+        done
+        return 0
+    done
+    return 1
 }
 
 # Console scripts hold absolute paths, so an environment is useless once the repository has moved.
@@ -56,10 +70,7 @@ if ! venv_is_usable; then
     echo "$root" >"$venv/longctx-root"
 fi
 
-stamp="$venv/longctx-installed-${extras:-base}"
-if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then
-    exit 0
-fi
+if is_installed; then exit 0; fi
 
 echo "setup: installing torch (step 1 of 3)"
 what="torch and the build tools"
@@ -72,4 +83,4 @@ DS_BUILD_OPS=0 pip_install --no-build-isolation deepspeed
 echo "setup: installing longctx${extras:+ with $extras} (step 3 of 3)"
 what="longctx"
 pip_install --no-build-isolation --editable "$root${extras:+[$extras]}"
-fingerprint >"$stamp"
+fingerprint >"$venv/longctx-installed-${extras:-base}"

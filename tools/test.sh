@@ -13,7 +13,7 @@ for argument in "$@"; do
     if [ "$argument" = "--all" ]; then tier=(); else arguments+=("$argument"); fi
 done
 
-bash tools/setup_env.sh test eval
+bash tools/setup_env.sh test
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # test workers share the cores; more threads each only make them slower
 exec python -m pytest "${tier[@]}" "${arguments[@]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-UTILITIES = ("bash", "cat", "cut", "dirname", "paste", "sha256sum", "sort", "env")
+UTILITIES = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "mkdir", "paste", "sha256sum", "sort")
 PASSES = "exit 0"
 TOO_OLD = 'case "$*" in *version_info*) exit 1;; --version) echo Python 3.9.1;; esac'
 NO_VENV = 'case "$*" in *ensurepip*) exit 1;; esac'
@@ -67,6 +67,38 @@ def test_no_venv_module(checkout: Path) -> None:
 def test_no_compiler(checkout: Path) -> None:
     program(checkout, "python3", PASSES)
     assert set_up(checkout).startswith("error: no C++ compiler was found; install one")
+
+
+MAKES_VENVS = """\
+case "$*" in
+    "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    "-m pip install"*) echo "$*" ;;
+    -VV) echo Python 3.11 ;;
+esac"""
+
+
+def test_what_is_installed_is_not_installed_again(checkout: Path) -> None:
+    """Bug: setting up for the tests installed everything again after a setup that had installed more.
+
+    Fix: the stamp of a larger set of extras covers a smaller one. Strategy: a stand-in for python prints what pip gets.
+    """
+    program(checkout, "python3", MAKES_VENVS)
+    program(checkout, "c++", PASSES)
+
+    def installs(*extras: str) -> bool:
+        command = [str(checkout / "bin" / "bash"), str(checkout / "tools" / "setup_env.sh"), *extras]
+        env = {"PATH": str(checkout / "bin")}
+        return "install" in subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+    assert installs("test", "dev")
+    assert not installs("dev", "test")
+    assert not installs("test")
+    assert not installs()
+    assert installs("test", "eval")
+    assert installs("te")
+    constraints = checkout / "tools" / "constraints.txt"
+    constraints.write_text(constraints.read_text() + "more==1\n")
+    assert installs("test")
 
 
 def test_constraints_pin_every_package_exactly() -> None:
