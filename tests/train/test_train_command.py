@@ -83,6 +83,12 @@ def test_a_run_below_a_file(config: Path, capsys: pytest.CaptureFixture[str]) ->
     refused(config, "is a file", capsys, f"run={config}/run")
 
 
+def test_a_run_that_cannot_be_written(config: Path) -> None:
+    done = run(1, config, "run=/proc/longctx")
+    assert done.returncode == 2
+    assert "run: /proc/longctx" in one_error(done)
+
+
 def test_corpora_of_two_tokenizers(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = build_small(tmp_path / "other", seed=3, vocab_size=300)
     first = yaml.safe_load(config.read_text())["data"]["sources"][0]["path"]
