@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from longctx.attention import attention
 from longctx.config.schema import Model, Rope
@@ -13,6 +14,7 @@ from longctx.mixers import MIXERS, KVState, SoftmaxMixer
 from longctx.mixers import softmax as softmax_module
 from longctx.model.decoder import CausalLM, initial_weight, parameter_shapes
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 
 VOCAB = 61
 CONFIG = Model(
@@ -80,7 +82,9 @@ def test_vocab_size_is_needed() -> None:
         CausalLM(Model())
 
 
-def test_recomputation_gives_the_same_gradients_and_never_repeats_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_gives_the_same_gradients_and_never_repeats_attention(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     calls = []
 
     def counted(*args: Any, **options: Any) -> Tensor:
@@ -88,10 +92,10 @@ def test_recomputation_gives_the_same_gradients_and_never_repeats_attention(monk
         return attention(*args, **options)
 
     monkeypatch.setattr(softmax_module, "attention", counted)
-    tokens = _tokens(1, 13)
+    tokens = _tokens(seed, 13)
     results = []
     for recompute in (False, True):
-        model = _model(recompute=recompute)
+        model = _model(seed=seed, recompute=recompute)
         projections = []
         model.layers[0].mixer.q_proj.register_forward_hook(lambda *_, seen=projections: seen.append(1))  # type: ignore[union-attr]
         output = model(tokens, SequenceContext.single(2, 13), tokens.roll(-1, 1), loss_chunk=5)
@@ -116,8 +120,8 @@ def test_recomputation_saves_no_feed_forward_activations() -> None:
     assert wide not in shapes[True]
 
 
-def test_loss_is_the_sum_of_cross_entropies() -> None:
-    model, tokens = _model(), _tokens(3, 11)
+def test_loss_is_the_sum_of_cross_entropies(seed: int) -> None:
+    model, tokens = _model(seed=seed), _tokens(seed, 11)
     labels = tokens.roll(-1, 1)
     labels[:, -1] = -100
     output = model(tokens, SequenceContext.single(2, 11), labels, loss_chunk=4)
@@ -127,8 +131,8 @@ def test_loss_is_the_sum_of_cross_entropies() -> None:
     assert output.state is None
 
 
-def test_changing_a_token_changes_nothing_before_it() -> None:
-    model, tokens = _model(), _tokens(4, 17)
+def test_changing_a_token_changes_nothing_before_it(seed: int) -> None:
+    model, tokens = _model(seed=seed), _tokens(seed, 17)
     base = _logits(model, tokens)
     for position in (0, 7, 16):
         changed = tokens.clone()
@@ -138,8 +142,8 @@ def test_changing_a_token_changes_nothing_before_it() -> None:
         assert difference[:, position:].all(1).any()
 
 
-def test_documents_are_isolated() -> None:
-    model, tokens = _model(), _tokens(5, 17, batch=1)
+def test_documents_are_isolated(seed: int) -> None:
+    model, tokens = _model(seed=seed), _tokens(seed, 17, batch=1)
     documents = ((0, 4, 11),)
     packed = _logits(model, tokens, documents)
     for start, stop in ((0, 4), (4, 11), (11, 17)):
@@ -153,9 +157,9 @@ def test_documents_are_isolated() -> None:
     assert difference[5:11].all()
 
 
-def test_window_counts_the_query_itself() -> None:
+def test_window_counts_the_query_itself(seed: int) -> None:
     config = CONFIG.model_copy(update={"num_layers": 1, "window_layers": None, "sliding_window": 5})
-    model, tokens = _model(config), _tokens(6, 12, batch=1)
+    model, tokens = _model(config, seed), _tokens(seed, 12, batch=1)
     changed = tokens.clone()
     changed[0, 3] = (changed[0, 3] + 1) % VOCAB
     difference = (_logits(model, changed) - _logits(model, tokens)).abs().amax(-1)[0]
@@ -163,8 +167,8 @@ def test_window_counts_the_query_itself() -> None:
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 13, (7, 1, 1, 4), (13,)])
-def test_decoding_equals_the_forward(chunks: tuple[int, ...]) -> None:
-    model, tokens = _model(), _tokens(7, sum(chunks))
+def test_decoding_equals_the_forward(chunks: tuple[int, ...], seed: int) -> None:
+    model, tokens = _model(seed=seed), _tokens(seed, sum(chunks))
     expected = _logits(model, tokens)
     context, state, start = SequenceContext.single(2, chunks[0]), model.empty_state(2), 0
     for index, new in enumerate(chunks):
@@ -177,8 +181,8 @@ def test_decoding_equals_the_forward(chunks: tuple[int, ...]) -> None:
         start += new
 
 
-def test_state_is_returned_not_stored_or_mutated() -> None:
-    model, tokens = _model(), _tokens(8, 6)
+def test_state_is_returned_not_stored_or_mutated(seed: int) -> None:
+    model, tokens = _model(seed=seed), _tokens(seed, 6)
     empty = model.empty_state(2)
     context = SequenceContext.single(2, 5)
     with torch.no_grad():
@@ -226,22 +230,30 @@ def test_a_rank_without_tokens_reaches_every_parameter() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
 
 
-def test_precision_of_the_norm() -> None:
+def test_precision_of_the_norm(seed: int) -> None:
     """bf16 activations are normalised in fp32: the square of 300 does not fit bf16's eight bits of precision."""
     norm = _model().norm.bfloat16()
-    x = (torch.randn(50, 24, generator=torch.Generator().manual_seed(12)) * 300).bfloat16()
+    x = (torch.randn(50, 24, generator=torch.Generator().manual_seed(seed)) * 300).bfloat16()
     exact = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + CONFIG.norm_eps)
     assert torch.equal(norm(x), exact.float().bfloat16())
 
 
-def test_every_mixer_declares_its_contract() -> None:
-    for mixer_class in MIXERS.values():
-        assert mixer_class.causal in (True, False)
-        assert mixer_class.layouts <= {"contiguous", "zigzag"}
-        size, state = mixer_class.state_size(CONFIG, 0), mixer_class(CONFIG, 0).empty_state(1, torch.zeros(1))
-        assert size.per_sequence == sum(t[0, :0].numel() for t in state)
-        if mixer_class is SoftmaxMixer:
-            assert size.per_token == 2 * CONFIG.kv_heads * CONFIG.head_size
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_is_what_it_declares(name: str, seed: int) -> None:
+    mixer_class, config = MIXERS[name], CONFIG.model_copy(update={"mixer": name})
+    model, tokens = _model(config, seed), _tokens(seed, 6)
+    sizes = []
+    for length in (5, 6):
+        state = model(tokens[:, :length], SequenceContext.single(2, length), state=model.empty_state(2)).state
+        sizes.append([sum(tensor.numel() for tensor in tree_leaves(layer)) // 2 for layer in state])
+    for layer, (five, six) in enumerate(zip(*sizes, strict=True)):
+        per_token, per_sequence = mixer_class.state_size(config, layer)
+        assert (six - five, five) == (per_token, per_sequence + 5 * per_token)
+    changed = torch.cat((tokens[:, :-1], (tokens[:, -1:] + 1) % VOCAB), dim=1)
+    looks_ahead = bool((_logits(model, changed) - _logits(model, tokens))[:, :-1].any())
+    assert looks_ahead == (not mixer_class.causal)
+    assert mixer_class.layouts
+    assert mixer_class.layouts <= set(LAYOUTS)
 
 
 def test_softmax_takes_no_memory() -> None:

@@ -59,10 +59,10 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-def _theirs(variant: str, rope: str = "default", **extra: Any) -> Any:
+def _theirs(seed: int, variant: str, rope: str = "default", **extra: Any) -> Any:
     kind, options = VARIANTS[variant]
     parameters = json.loads(json.dumps(ROPES[rope]))
-    torch.manual_seed(sum(map(ord, variant + rope)))
+    torch.manual_seed(seed)
     config = kind(**{**SHAPES, **options, "rope_parameters": parameters, **extra})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -72,53 +72,54 @@ def _theirs(variant: str, rope: str = "default", **extra: Any) -> Any:
     return model
 
 
-def _tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+def _tokens(seed: int) -> Tensor:
+    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def _our_logits(model: CausalLM) -> Tensor:
+def _our_logits(model: CausalLM, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.logits(model(_tokens(), SequenceContext.single(2, LENGTH)).hidden_BTD)
+        return model.logits(model(tokens, SequenceContext.single(2, LENGTH)).hidden_BTD)
 
 
-def _their_logits(model: Any) -> Tensor:
+def _their_logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(_tokens(), use_cache=False).logits
+        logits: Tensor = model(tokens, use_cache=False).logits
     return logits
 
 
-def _both_ways(model: Any, folder: Path) -> None:
-    expected = _their_logits(model)
+def _both_ways(model: Any, tokens: Tensor, folder: Path) -> None:
+    expected = _their_logits(model, tokens)
     assert expected.std() > 0.3  # near-uniform logits would agree whatever we do
     model.save_pretrained(folder / "theirs")
     ours, config = load_hf(folder / "theirs")
-    torch.testing.assert_close(_our_logits(ours), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_our_logits(ours, tokens), expected, rtol=0, atol=1e-5)
     save_hf(ours, config, folder / "ours", max_shard_bytes=20_000)
     back = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours", attn_implementation="eager")
     assert type(back) is type(model)
-    torch.testing.assert_close(_their_logits(back), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_their_logits(back, tokens), expected, rtol=0, atol=1e-5)
     again, config_again = load_hf(folder / "ours")
     assert config_again == config
-    assert torch.equal(_our_logits(again), _our_logits(ours))
+    assert torch.equal(_our_logits(again, tokens), _our_logits(ours, tokens))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_families(variant: str, tmp_path: Path) -> None:
-    _both_ways(_theirs(variant), tmp_path)
+def test_families(variant: str, tmp_path: Path, seed: int) -> None:
+    _both_ways(_theirs(seed, variant), _tokens(seed), tmp_path)
 
 
 @pytest.mark.parametrize("rope", [name for name in ROPES if name != "default"])
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window-tied", "qwen3-window-biases"])
-def test_rope_scalings(variant: str, rope: str, tmp_path: Path) -> None:
-    _both_ways(_theirs(variant, rope), tmp_path)
+def test_rope_scalings(variant: str, rope: str, tmp_path: Path, seed: int) -> None:
+    _both_ways(_theirs(seed, variant, rope), _tokens(seed), tmp_path)
 
 
-def test_sharded_input_and_another_dtype(tmp_path: Path) -> None:
-    model = _theirs("qwen2")
+def test_sharded_input_and_another_dtype(tmp_path: Path, seed: int) -> None:
+    model = _theirs(seed, "qwen2")
     model.save_pretrained(tmp_path, max_shard_size="15KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     ours, _ = load_hf(tmp_path)
-    torch.testing.assert_close(_our_logits(ours), _their_logits(model), rtol=0, atol=1e-5)
+    tokens = _tokens(seed)
+    torch.testing.assert_close(_our_logits(ours, tokens), _their_logits(model, tokens), rtol=0, atol=1e-5)
     halved, _ = load_hf(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
     model.bfloat16().save_pretrained(tmp_path / "bf16")
@@ -127,17 +128,18 @@ def test_sharded_input_and_another_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stored.parameters(), halved.parameters(), strict=True))
 
 
-def test_legacy_rope_keys(tmp_path: Path) -> None:
+def test_legacy_rope_keys(tmp_path: Path, seed: int) -> None:
     """Before transformers 5: rope_scaling with `type`, rope_theta beside it."""
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "finetuned": True}
-    model = _theirs("llama", "yarn")
+    model = _theirs(seed, "llama", "yarn")
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps({**values, "rope_scaling": scaling, "rope_theta": 1e4}))
     ours, config = load_hf(tmp_path)
     assert config.rope == Rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)
-    torch.testing.assert_close(_our_logits(ours), _their_logits(model), rtol=0, atol=1e-5)
+    tokens = _tokens(seed)
+    torch.testing.assert_close(_our_logits(ours, tokens), _their_logits(model, tokens), rtol=0, atol=1e-5)
 
 
 def test_original_length_outside_the_rope_parameters_wins(tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path: Path) -> None:
 
 
 def _saved(tmp_path: Path, **options: Any) -> Path:
-    _theirs("llama", **options).save_pretrained(tmp_path)
+    _theirs(0, "llama", **options).save_pretrained(tmp_path)
     return tmp_path / "model.safetensors"
 
 

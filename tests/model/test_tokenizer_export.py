@@ -23,7 +23,6 @@ SOURCE = Path(tokenizer_export.__file__).read_text() + Path(data_rows.__file__).
 
 
 def _texts(seed: int) -> list[str]:
-    print(f"seed {seed}")
     draw = random.Random(seed)
     alphabet = "aaabcdefg    \n\n\t()[]=_.é中🙂\"'0123456789XYZ"
     noise = ["".join(draw.choices(alphabet, k=draw.randrange(1, 200))) for _ in range(200)]
@@ -32,13 +31,13 @@ def _texts(seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sentencepiece(kind: str, tmp_path: Path) -> None:
+def test_sentencepiece(kind: str, tmp_path: Path, seed: int) -> None:
     lines = SOURCE.splitlines(keepends=True)
     chunks = ["".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
     ours = train_sentencepiece(chunks, tmp_path / "tokenizer", 600, kind=kind).tokenizer  # type: ignore[arg-type]
     save_hf(CausalLM(CONFIG), CONFIG, tmp_path / "export", tmp_path / "tokenizer")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    for text in _texts(1):
+    for text in _texts(seed):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         # Unigram leaves the order of pieces of equal total score open.
         arrange = list if kind == "bpe" else sorted
@@ -51,7 +50,7 @@ def test_sentencepiece(kind: str, tmp_path: Path) -> None:
     assert exported.fingerprint == ours.fingerprint
 
 
-def test_sentencepiece_like_llama(tmp_path: Path) -> None:
+def test_sentencepiece_like_llama(tmp_path: Path, seed: int) -> None:
     """Llama 2's own kind: a space is put before every text; settings beside the model are kept."""
     from sentencepiece import SentencePieceTrainer
 
@@ -66,7 +65,7 @@ def test_sentencepiece_like_llama(tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     save_hf(CausalLM(CONFIG), CONFIG, tmp_path / "export", source)
     ours, theirs = load_tokenizer(source), transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    for text in _texts(3):
+    for text in _texts(seed):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text), text[:80]
         assert theirs.decode(ids) == text
@@ -74,7 +73,7 @@ def test_sentencepiece_like_llama(tmp_path: Path) -> None:
     assert theirs.chat_template == "{{ messages }}"
 
 
-def test_tokenizer_json(tmp_path: Path) -> None:
+def test_tokenizer_json(tmp_path: Path, seed: int) -> None:
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -85,7 +84,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     save_hf(CausalLM(CONFIG), CONFIG, tmp_path / "export", tmp_path / "tokenizer")
     ours = load_tokenizer(tmp_path / "tokenizer")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    for text in _texts(2):
+    for text in _texts(seed):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.eos_token_id == ours.eos_id
 

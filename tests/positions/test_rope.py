@@ -106,11 +106,11 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("length", [23, 64, 131])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_agrees_with_transformers(name: str, length: int) -> None:
+def test_agrees_with_transformers(name: str, length: int, seed: int) -> None:
     config = LlamaConfig(
         hidden_size=2 * _HEAD, num_attention_heads=2, max_position_embeddings=64, rope_parameters=dict(SCALINGS[name])
     )
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator().manual_seed(seed)
     q_BTHE, k_BTHE = torch.randn(2, 2, length, 2, _HEAD, generator=generator)
     positions_BT = torch.arange(length).expand(2, length)
     cos, sin = LlamaRotaryEmbedding(config)(q_BTHE, positions_BT)
@@ -120,9 +120,9 @@ def test_agrees_with_transformers(name: str, length: int) -> None:
         torch.testing.assert_close(_rotate(ours, found, positions_BT, length), wanted, rtol=0, atol=1e-6)
 
 
-def test_fp64_is_computed_in_fp64() -> None:
+def test_fp64_is_computed_in_fp64(seed: int) -> None:
     embedding = _embedding(SCALINGS["default"], 64, _HEAD)
-    x = torch.randn(1, 1, 1, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, 1, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     position = 1_000_003
     turned = _rotate(embedding, x, torch.tensor([[position]]), 1)[0, 0, 0]
     for pair in range(_HEAD // 2):
@@ -131,10 +131,10 @@ def test_fp64_is_computed_in_fp64() -> None:
         assert turned[pair].item() == pytest.approx((first * angle.cos() - second * angle.sin()).item(), abs=1e-9)
 
 
-def test_bf16_angles_are_fp32() -> None:
+def test_bf16_angles_are_fp32(seed: int) -> None:
     """Positions above 256 are not bf16 numbers: 1000 and 1001 must still rotate differently, and correctly."""
     embedding = _embedding(SCALINGS["default"], 64, _HEAD)
-    x = torch.randn(1, 2, 1, _HEAD, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(1, 2, 1, _HEAD, generator=torch.Generator().manual_seed(seed)).bfloat16()
     positions_BT = torch.tensor([[1000, 1001]])
     found = _rotate(embedding, x, positions_BT, 2)
     assert found.dtype == torch.bfloat16
@@ -142,9 +142,9 @@ def test_bf16_angles_are_fp32() -> None:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_scores_depend_on_distance_only(name: str) -> None:
+def test_scores_depend_on_distance_only(name: str, seed: int) -> None:
     embedding = _embedding(SCALINGS[name], 64, _HEAD)
-    q, k = torch.randn(2, 1, 7, 1, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    q, k = torch.randn(2, 1, 7, 1, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(7)[None]
     scores = []
     for shift in (0, 1009):
@@ -154,17 +154,17 @@ def test_scores_depend_on_distance_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_norms_grow_by_the_attention_factor(name: str) -> None:
+def test_norms_grow_by_the_attention_factor(name: str, seed: int) -> None:
     embedding = _embedding(SCALINGS[name], 64, _HEAD)
-    x = torch.randn(1, 9, 2, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, 9, 2, _HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     norms = _rotate(embedding, x, torch.arange(9)[None], 9).norm(dim=-1)
     torch.testing.assert_close(norms, x.norm(dim=-1) * embedding.attention_factor, rtol=0, atol=1e-12)
 
 
-def test_partial_rotation_leaves_the_rest_alone() -> None:
+def test_partial_rotation_leaves_the_rest_alone(seed: int) -> None:
     config = Model(hidden_size=24, num_heads=2, rope=Rope(partial_rotary_factor=0.5))
     embedding = RotaryEmbedding.from_config(config)
-    x = torch.randn(1, 5, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(1, 5, 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     turned = _rotate(embedding, x, torch.arange(5)[None], 5)
     assert torch.equal(turned[..., 6:], x[..., 6:])
     alone = _rotate(_embedding({}, 64, 6), x[..., :6], torch.arange(5)[None], 5)
@@ -172,13 +172,13 @@ def test_partial_rotation_leaves_the_rest_alone() -> None:
     assert not torch.equal(turned[:, 1:, :, :6], x[:, 1:, :, :6])
 
 
-def test_length_decides_the_table() -> None:
+def test_length_decides_the_table(seed: int) -> None:
     longrope, dynamic = _embedding(SCALINGS["longrope"], 64, _HEAD), _embedding(SCALINGS["dynamic"], 64, _HEAD)
     assert [longrope.table(length) for length in (1, 32, 33, 99)] == [0, 0, 1, 1]
     assert dynamic.table(3) == dynamic.table(64) != dynamic.table(65) != dynamic.table(66)
     assert not torch.equal(longrope.inv_freq(32), longrope.inv_freq(33))
     # A shard's own length must not matter: the caller says how long the whole sequence is.
-    x = torch.randn(1, 4, 1, _HEAD, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(1, 4, 1, _HEAD, generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(4)[None]
     assert torch.equal(_rotate(longrope, x, positions, 4), _rotate(longrope, x, positions, 32))
     assert not torch.equal(_rotate(longrope, x, positions, 4), _rotate(longrope, x, positions, 33))
