@@ -47,14 +47,18 @@ class SmallCorpus:
         return file
 
 
-def build_small(folder: Path, seed: int = 7, vocab_size: int = 320) -> SmallCorpus:
-    """Train a tokenizer on forty Python-like files and a corpus of them in several shards; a fifth is held out."""
+def build_small(folder: Path, seed: int = 7, vocab_size: int = 320, growth: int = 2) -> SmallCorpus:
+    """Train a tokenizer on forty Python-like files and a corpus of them in several shards; a fifth is held out.
+
+    File n has ``4 + growth * n`` lines.
+    """
     texts = folder / "texts"
     texts.mkdir(parents=True)
     draw = random.Random(seed)
     for number in range(40):
         lines = [
-            " " * draw.randrange(0, 9, 4) + " ".join(draw.choices(WORDS.split(), k=5)) for _ in range(4 + 2 * number)
+            " " * draw.randrange(0, 9, 4) + " ".join(draw.choices(WORDS.split(), k=5))
+            for _ in range(4 + growth * number)
         ]
         (texts / f"{number:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     contents = [file.read_text(encoding="utf-8") for file in sorted(texts.iterdir())]
