@@ -36,6 +36,9 @@ class Problem:
     causal: bool = True
     window: int | None = None
     scale: float | None = None
+    sink: bool = False
+    softcap: float | None = None
+    scheme: str = "ring"
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -53,10 +56,12 @@ class Answer:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dsink: Tensor | None = None
     transfers: tuple[tuple[Transfer, ...], ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv}
+        found = {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv}
+        return found if self.dsink is None else {**found, "dsink": self.dsink}
 
 
 def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
@@ -82,7 +87,9 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         rng.random() < 0.7,
         rng.choice([None, None, 1, 2, 3, 8, length]),
         rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
-        kernel,
+        rng.random() < 0.4,
+        rng.choice([None, 6.0]) if kernel in ("naive", "tiled") else None,
+        kernel=kernel,
         seed=rng.randrange(2**31),
     )
 
@@ -100,6 +107,14 @@ def inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normal(heads, 3.0), normal(kv_heads, 1.5), normal(kv_heads, 2.0), normal(heads, 1.0)
 
 
+def sink_of(problem: Problem) -> Tensor | None:
+    """One logit per head, some far above and some far below the scores."""
+    if not problem.sink:
+        return None
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    return (4 * torch.randn(problem.heads, generator=generator, dtype=torch.float64)).to(problem.dtype)
+
+
 def visible(starts: Sequence[int], length: int, causal: bool, window: int | None) -> np.ndarray:
     """bool [S, S]: whether query q sees key k, pair by pair from the definition."""
     seen = np.zeros((length, length), dtype=bool)
@@ -111,37 +126,61 @@ def visible(starts: Sequence[int], length: int, causal: bool, window: int | None
     return seen
 
 
-def dense(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible_BSS: Tensor, scale: float) -> Tensor:
+def dense(
+    q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible_BSS: Tensor, scale: float, sink_H: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention by its definition, every score held; differentiable."""
     groups = q_BSHE.shape[2] // k_BSKE.shape[2]
     k_BSHE, v_BSHE = (t.repeat_interleave(groups, dim=2) for t in (k_BSKE, v_BSKE))
     scores_BHSS = torch.einsum("bqhe,bkhe->bhqk", q_BSHE, k_BSHE) * scale
+    if softcap is not None:
+        scores_BHSS = softcap * torch.tanh(scores_BHSS / softcap)
     scores_BHSS = scores_BHSS.masked_fill(~visible_BSS[:, None], float("-inf"))
+    if sink_H is not None:
+        # One more key whose value is zero.
+        sink_BHS1 = sink_H[None, :, None, None].expand(*scores_BHSS.shape[:3], 1)
+        scores_BHSS = torch.cat((scores_BHSS, sink_BHS1), dim=-1)
+        v_BSHE = torch.cat((v_BSHE, torch.zeros_like(v_BSHE[:, :1])), dim=1)
     return torch.einsum("bhqk,bkhe->bqhe", scores_BHSS.softmax(-1), v_BSHE)
 
 
 def oracle(problem: Problem) -> Answer:
     """The dense fp64 answer to the inputs as rounded to the problem's dtype."""
     *operands, dout = (t.double() for t in inputs(problem))
-    leaves = [t.requires_grad_() for t in operands]
+    leaves, sink = [t.requires_grad_() for t in operands], sink_of(problem)
+    sink = None if sink is None else sink.double().requires_grad_()
     masks = [visible(starts, problem.length, problem.causal, problem.window) for starts in problem.documents]
     scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
-    out = dense(*leaves, torch.from_numpy(np.stack(masks)), scale)
-    return Answer(out.detach(), *torch.autograd.grad(out, leaves, dout))
+    out = dense(*leaves, torch.from_numpy(np.stack(masks)), scale, sink, problem.softcap)
+    return Answer(out.detach(), *_gradients(out, leaves, sink, dout))
+
+
+def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Tensor) -> list[Tensor]:
+    """dq, dk, dv and, with a sink, dsink."""
+    return list(torch.autograd.grad(out, leaves if sink is None else [*leaves, sink], dout))
 
 
 def context_of(problem: Problem, group: Group, ledger: Ledger | None = None) -> SequenceContext:
     layout = LAYOUTS[problem.layout](problem.length, group.size)
-    return SequenceContext(group, layout, problem.documents, ledger=ledger)
+    return SequenceContext(group, layout, problem.documents, scheme=problem.scheme, ledger=ledger)
+
+
+def options_of(problem: Problem) -> dict[str, Any]:
+    """Keyword arguments of :func:`longctx.attention.attention`."""
+    return {
+        "causal": problem.causal, "window": problem.window, "scale": problem.scale, "sink_H": sink_of(problem),
+        "softcap": problem.softcap, "kernel": KERNELS[problem.kernel],
+    }  # fmt: skip
 
 
 def run_here(problem: Problem, context: SequenceContext, whole: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Output, dq, dk, dv of this rank's tokens."""
+    """Output, dq, dk, dv of this rank's tokens, and its share of dsink."""
     *operands, dout = (context.shard(t) for t in whole or inputs(problem))
-    leaves = [t.requires_grad_() for t in operands]
-    options: dict[str, Any] = {"causal": problem.causal, "window": problem.window, "scale": problem.scale}
-    out = attention(*leaves, context, **options, kernel=KERNELS[problem.kernel])
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    leaves, sink = [t.requires_grad_() for t in operands], sink_of(problem)
+    sink = None if sink is None else sink.requires_grad_()
+    out = attention(*leaves, context, **{**options_of(problem), "sink_H": sink})
+    return [out.detach(), *_gradients(out, leaves, sink, dout)]
 
 
 def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[Transfer]]]:
@@ -168,7 +207,8 @@ def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
         layout = LAYOUTS[problem.layout](problem.length, world)
         order = torch.from_numpy(np.concatenate([layout.indices(rank) for rank in range(world)]))
         whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(4)]
-        answers.append(Answer(*whole, transfers=tuple(tuple(rank[number][1]) for rank in ranks)))
+        dsink = torch.stack([part[4] for part in parts]).sum(0) if problem.sink else None
+        answers.append(Answer(*whole, dsink, transfers=tuple(tuple(rank[number][1]) for rank in ranks)))
     return answers
 
 

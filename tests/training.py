@@ -204,7 +204,9 @@ def assert_same_training(found: Result, wanted: Result, tolerance: float) -> Non
     for kind in ("gradients", "weights"):
         ours, theirs = getattr(found, kind), getattr(wanted, kind)
         assert ours.keys() == theirs.keys()
+        # Some gradients are 0 but for rounding (one token: its query decides nothing), which follows the larger ones.
+        floor = 1e-4 * max(float(t.abs().max()) for t in theirs.values())
         for name in ours:
-            scale = max(float(theirs[name].abs().max()), 1e-8)
+            scale = max(float(theirs[name].abs().max()), floor, 1e-8)
             error = float((ours[name].double() - theirs[name].double()).abs().max()) / scale
             assert error < tolerance, f"{kind} of {name}: {error:.3e}"

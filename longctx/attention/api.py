@@ -5,7 +5,8 @@ Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
 
 import torch
 
-from longctx.attention.kernels import Kernel, choose_kernel
+from longctx.attention.kept import attend_once
+from longctx.attention.kernels import Kernel, Scoring, choose_kernel
 from longctx.attention.ring import RingAttention, RingCall
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
@@ -13,7 +14,8 @@ from longctx.sequence.context import SequenceContext
 
 def attention(
     q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, context: SequenceContext, *, causal: bool = True,
-    window: int | None = None, scale: float | None = None, kernel: Kernel | None = None,
+    window: int | None = None, sink_H: torch.Tensor | None = None, scale: float | None = None,
+    softcap: float | None = None, dropout: float = 0.0, kernel: Kernel | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Exact softmax attention of this rank's queries over the keys of all ranks; documents never see each other.
 
@@ -21,20 +23,31 @@ def attention(
         q_BTHE: this rank's queries.
         k_BTKE, v_BTKE: this rank's keys and values; when decoding (``context.past > 0``) all past and new ones.
         window: tokens a query sees, itself included; None for no limit.
+        sink_H: one learned logit per head that every query also sees and whose value is zero (gpt-oss).
         scale: factor of the scores; default E ** -0.5.
-        kernel: default: chosen from device and dtype.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        dropout: refused unless 0.
+        kernel: default: chosen from device, dtype and softcap.
 
     Returns:
         out_BTHE in the dtype of q. Accumulates in fp32 (fp64 for fp64).
 
     Raises:
-        UnsupportedError: head counts or sizes, windows, dtypes or devices that no kernel takes.
+        UnsupportedError: dropout; head counts or sizes, windows, dtypes or devices that no kernel takes.
         ValueError: shapes that do not fit the context.
     """
     batch, rows, heads, head_dim = q_BTHE.shape
     if window is not None and window < 1:
         raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
+    if dropout:
+        raise UnsupportedError(
+            f"attention dropout = {dropout} is not supported; use 0, or dropout on the residual path"
+        )
+    if softcap is not None and softcap <= 0:
+        raise UnsupportedError(f"softcap = {softcap}; use a positive cap or None")
     _check_tensors(q_BTHE, k_BTKE, v_BTKE)
+    if sink_H is not None and sink_H.shape != (heads,):
+        raise ValueError(f"sink_H of shape {tuple(sink_H.shape)} for {heads} query heads; give one logit per head")
     plan = context.plan(causal, window)
     keys = plan.keys.sizes[context.rank]
     if (batch, rows) != (context.batch, context.local_length) or k_BTKE.shape[:2] != (batch, keys):
@@ -42,12 +55,21 @@ def attention(
             f"queries {tuple(q_BTHE.shape)} and keys {tuple(k_BTKE.shape)} do not fit a context of {context.batch} x "
             f"{context.local_length} local queries and {keys} local keys"
         )
-    kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype)
-    kernel.check(q_BTHE.dtype, head_dim)
-    call = RingCall(plan, context.group, context.ledger, kernel, head_dim**-0.5 if scale is None else scale)
-    q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-    out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, call)  # type: ignore[no-untyped-call]
-    return out_NHE.view(batch, rows, heads, head_dim)
+    kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype, softcap)
+    kernel.check(q_BTHE.dtype, head_dim, softcap)
+    scoring = Scoring(head_dim**-0.5 if scale is None else scale, softcap)
+    call = RingCall(plan, context.group, context.ledger, kernel, scoring)
+
+    def attend(
+        q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, sink_H: torch.Tensor | None
+    ) -> torch.Tensor:
+        q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
+        out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, sink_H, call)  # type: ignore[no-untyped-call]
+        return out_NHE.view(batch, rows, heads, head_dim)
+
+    if context.kept is not None:
+        return attend_once(attend, (q_BTHE, k_BTKE, v_BTKE, sink_H), context.kept)
+    return attend(q_BTHE, k_BTKE, v_BTKE, sink_H)
 
 
 def _check_tensors(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> None:

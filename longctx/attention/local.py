@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longctx.attention.kernels import Kernel
+from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.merge import merge_
 from longctx.sequence.plan import Slice
 
@@ -28,12 +28,12 @@ class Partial:
 
     def attend(
         self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, slices: Sequence[Slice], kernel: Kernel,
-        scale: float,
+        scoring: Scoring,
     ) -> None:  # fmt: skip
         """Add the keys of one block."""
         for s in tiles(slices, kernel.tile):
             rows, columns = slice(s.q_start, s.q_end), slice(s.k_start, s.k_end)
-            out, lse = kernel.forward(q_NHE[rows], k_MKE[columns], v_MKE[columns], s.mask, scale)
+            out, lse = kernel.forward(q_NHE[rows], k_MKE[columns], v_MKE[columns], s.mask, scoring)
             if self.seen_N[rows].any():
                 merge_(self.out_NHE[rows], self.lse_NH[rows], out, lse)
             else:
@@ -43,14 +43,14 @@ class Partial:
 
 def gradients(
     dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, out_NHE: torch.Tensor,
-    lse_NH: torch.Tensor, slices: Sequence[Slice], kernel: Kernel, scale: float, dq_NHE: torch.Tensor,
+    lse_NH: torch.Tensor, slices: Sequence[Slice], kernel: Kernel, scoring: Scoring, dq_NHE: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Add this block's share to ``dq_NHE`` and return its dk and dv, stacked [M, 2, K, E], in the wide dtype."""
     dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=dq_NHE.dtype, device=dq_NHE.device)
     for s in tiles(slices, kernel.tile):
         rows, columns = slice(s.q_start, s.q_end), slice(s.k_start, s.k_end)
         dq, dk, dv = kernel.backward(
-            dout_NHE[rows], q_NHE[rows], k_MKE[columns], v_MKE[columns], out_NHE[rows], lse_NH[rows], s.mask, scale
+            dout_NHE[rows], q_NHE[rows], k_MKE[columns], v_MKE[columns], out_NHE[rows], lse_NH[rows], s.mask, scoring
         )
         dq_NHE[rows] += dq
         dkv_M2KE[columns, 0] += dk

@@ -13,3 +13,20 @@ def merge_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, part_NHE: torch.Tensor, 
     out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
     out_NHE.addcmul_(part_NHE.to(out_NHE.dtype), torch.exp(part_lse_NH - divisor_NH)[..., None])
     lse_NH.copy_(joint_NH)
+
+
+def add_sink_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor) -> None:
+    """Let each head's softmax also see one logit whose value is zero, in place; once per row, after all keys."""
+    joint_NH = torch.logaddexp(lse_NH, sink_H.to(lse_NH.dtype))
+    divisor_NH = joint_NH.masked_fill(joint_NH.isneginf(), 0)
+    out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
+    lse_NH.copy_(joint_NH)
+
+
+def sink_gradient(
+    dout_NHE: torch.Tensor, out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor
+) -> torch.Tensor:
+    """Gradient [H] of the sink by these rows, in the wide dtype; ``lse`` includes the sink."""
+    delta_NH = (dout_NHE.to(lse_NH.dtype) * out_NHE.to(lse_NH.dtype)).sum(-1)
+    weight_NH = torch.exp(sink_H.to(lse_NH.dtype) - lse_NH.masked_fill(lse_NH.isneginf(), 0))
+    return -(weight_NH * delta_NH).sum(0)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from longctx.attention.kernels import Kernel
+from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
+from longctx.attention.merge import add_sink_, sink_gradient
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.collectives.ring import Homeward, Schedule, circulate, planned_transfers
@@ -28,7 +29,7 @@ class RingCall:
     group: Group
     ledger: Ledger | None
     kernel: Kernel
-    scale: float
+    scoring: Scoring
 
     @property
     def schedule(self) -> Schedule:
@@ -41,27 +42,30 @@ class RingCall:
 
 
 class RingAttention(torch.autograd.Function):
-    """q_NHE, k_MKE, v_MKE -> out_NHE. Saves q, k, v, out and lse; the backward sends keys and values once more."""
+    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE. Saves them, out and lse; the backward sends keys and values again."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
-    ) -> torch.Tensor:
+        ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, sink_H: torch.Tensor | None,
+        call: RingCall,
+    ) -> torch.Tensor:  # fmt: skip
         partial = Partial.empty(q_NHE)
         for _, source, kv in _blocks(k_MKE, v_MKE, call):
             if kv is None:
                 continue
-            partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scale)
+            partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scoring)
+        if sink_H is not None:
+            add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
         out_NHE = partial.out_NHE.to(q_NHE.dtype)
-        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, out_NHE, partial.lse_NH)
+        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, out_NHE, partial.lse_NH)
         ctx.call = call
         return out_NHE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: RingCall = ctx.call
-        q_NHE, k_MKE, v_MKE, out_NHE, lse_NH = ctx.saved_tensors
+        q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
         dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
         own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=lse_NH.dtype)
         homeward = Homeward(own, call.sizes, call.schedule, call.group, call.ledger)
@@ -69,7 +73,7 @@ class RingAttention(torch.autograd.Function):
             dkv_M2KE = None
             if kv is not None:
                 slices = call.plan.slices(call.group.rank, source)
-                dkv_M2KE = gradients(dout_NHE, q_NHE, *kv, out_NHE, lse_NH, slices, call.kernel, call.scale, dq_NHE)
+                dkv_M2KE = gradients(dout_NHE, q_NHE, *kv, out_NHE, lse_NH, slices, call.kernel, call.scoring, dq_NHE)
             if hop == 0:
                 assert dkv_M2KE is not None
                 own = dkv_M2KE
@@ -78,7 +82,10 @@ class RingAttention(torch.autograd.Function):
         arrived = homeward.arrived()
         if arrived is not None:
             own += arrived
-        return dq_NHE.to(q_NHE.dtype), own[:, 0].to(k_MKE.dtype), own[:, 1].to(v_MKE.dtype), None
+        dsink_H = None
+        if sink_H is not None:
+            dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H).to(sink_H.dtype)
+        return dq_NHE.to(q_NHE.dtype), own[:, 0].to(k_MKE.dtype), own[:, 1].to(v_MKE.dtype), dsink_H, None
 
 
 def _blocks(

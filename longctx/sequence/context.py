@@ -17,19 +17,29 @@ from longctx.sequence.layout import Layout
 from longctx.sequence.plan import AttentionPlan, Documents
 
 
+@dataclass(eq=False)
+class Kept:
+    """What attention computed in the first of two passes through a recomputed region (``longctx.attention.kept``)."""
+
+    results: list[Any] = field(default_factory=list)
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceContext:
     """One micro-batch of sequences, cut over the ranks of ``group`` by ``layout``.
 
     ``documents[b]`` are the ascending global start offsets of the documents in row b; the first is 0. Immutable; built
-    per micro-batch on the host, identically on every rank. ``ledger``, when given, records every collective.
+    per micro-batch on the host, identically on every rank. ``scheme`` says how attention moves over the ranks.
+    ``ledger``, when given, records every collective; ``kept`` is given inside a recomputed region.
     """
 
     group: Group
     layout: Layout
     documents: Documents
     past: int = 0
+    scheme: str = "ring"
     ledger: Ledger | None = None
+    kept: Kept | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

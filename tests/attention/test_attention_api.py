@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KERNELS, Problem, context_of, inputs, oracle, random_problem
+from attention_cases import KERNELS, Problem, context_of, inputs, options_of, oracle, random_problem
 
 from longctx.attention import attention
 from longctx.attention.kernels import CPU_FLASH, CUDA_FLASH
@@ -23,12 +23,11 @@ def test_decoding_with_the_past_equals_the_forward(kernel: str, seed: int) -> No
         problem = Problem(**{**vars(drawn), "causal": True, "documents": documents})
         q, k, v, _ = inputs(problem)
         wanted = oracle(problem).out
-        options: dict[str, Any] = {"window": problem.window, "scale": problem.scale, "kernel": KERNELS[kernel]}
         context, done, parts = SequenceContext.single(problem.batch, 0), 0, []
         while done < problem.length:
             new = min(rng.choice([1, 1, 2, 5]), problem.length - done)
             context, done = context.extend(new), done + new
-            parts.append(attention(q[:, done - new : done], k[:, :done], v[:, :done], context, **options))
+            parts.append(attention(q[:, done - new : done], k[:, :done], v[:, :done], context, **options_of(problem)))
         torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=0, atol=1e-10)
 
 
@@ -71,7 +70,9 @@ Q, K = (2, 8, 4, 16), (2, 8, 2, 16)
         ((Q, K), {"window": 0}, "window = 0"),
         ((Q, K), {"window": -3}, "window = -3"),
         ((Q, K), {"dtypes": (torch.float32, torch.bfloat16, torch.float32)}, "one dtype"),
-        ((Q, K), {"dtypes": (torch.float16,) * 3}, "float16 on cpu"),
+        ((Q, K), {"dropout": 0.1}, "dropout = 0.1"),
+        ((Q, K), {"softcap": 0.0}, "softcap = 0.0"),
+        ((Q, K), {"softcap": 5.0, "kernel": CPU_FLASH}, "cpu_flash .* softcap = 5.0"),
         ((Q, K), {"dtypes": (torch.int64,) * 3}, "int64 on cpu"),
         ((Q, K), {"dtypes": (torch.float16,) * 3, "kernel": CPU_FLASH}, "cpu_flash .*float16"),
         (((2, 8, 4, 12), (2, 8, 2, 12)), {"dtypes": (torch.bfloat16,) * 3, "kernel": CUDA_FLASH}, "head size of 12"),

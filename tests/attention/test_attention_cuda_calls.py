@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longctx.attention.kernels import CPU_FLASH, CUDA_FLASH
+from longctx.attention.kernels import CPU_FLASH, CUDA_FLASH, Scoring
 from longctx.sequence.plan import Mask
 
 ATEN = torch.ops.aten
@@ -53,21 +53,21 @@ class Answered(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", sorted(CUDA_FLASH.dtypes, key=str), ids=str)
 def test_calls_fit_the_operators(mask: Mask, dtype: torch.dtype) -> None:
     q, k, v, dout = operands("meta", dtype)
-    out, lse = CUDA_FLASH.forward(q, k, v, mask, 0.3)
+    out, lse = CUDA_FLASH.forward(q, k, v, mask, Scoring(0.3))
     assert (out.shape, out.dtype) == (q.shape, dtype) and (lse.shape, lse.dtype) == (q.shape[:2], torch.float32)
-    grads = CUDA_FLASH.backward(dout, q, k, v, out, lse, mask, 0.3)
+    grads = CUDA_FLASH.backward(dout, q, k, v, out, lse, mask, Scoring(0.3))
     assert [(t.shape, t.dtype) for t in grads] == [(t.shape, dtype) for t in (q, k, v)]
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "anticausal"])
 def test_calls_mean_what_the_cpu_kernel_means(mask: Mask) -> None:
     q, k, v, dout = operands("cpu", torch.float64)
-    wanted, lse = CPU_FLASH.forward(q, k, v, mask, 0.3)
+    wanted, lse = CPU_FLASH.forward(q, k, v, mask, Scoring(0.3))
     with Answered() as answered:
-        out, out_lse = CUDA_FLASH.forward(q, k, v, mask, 0.3)
-        grads = CUDA_FLASH.backward(dout, q, k, v, out, out_lse, mask, 0.3)
+        out, out_lse = CUDA_FLASH.forward(q, k, v, mask, Scoring(0.3))
+        grads = CUDA_FLASH.backward(dout, q, k, v, out, out_lse, mask, Scoring(0.3))
     assert torch.equal(out, wanted) and torch.equal(out_lse, lse)
-    for ours, theirs in zip(grads, CPU_FLASH.backward(dout, q, k, v, wanted, lse, mask, 0.3), strict=True):
+    for ours, theirs in zip(grads, CPU_FLASH.backward(dout, q, k, v, wanted, lse, mask, Scoring(0.3)), strict=True):
         assert torch.equal(ours, theirs)
     forward, backward = answered.calls
     for call in (forward, backward):

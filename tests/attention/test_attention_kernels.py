@@ -8,7 +8,7 @@ import torch
 from attention_cases import KERNELS
 from torch import Tensor
 
-from longctx.attention.kernels import CPU_FLASH, CUDA_FLASH, NAIVE, choose_kernel
+from longctx.attention.kernels import CPU_FLASH, CUDA_FLASH, NAIVE, Scoring, choose_kernel
 from longctx.attention.kernels.base import Kernel
 from longctx.errors import UnsupportedError
 from longctx.sequence.plan import Mask
@@ -72,8 +72,8 @@ def size_of_terms(block: Block, part: str) -> float:
 
 
 def run(kernel: Kernel, block: Block) -> dict[str, Tensor]:
-    out, lse = kernel.forward(block.q, block.k, block.v, block.mask, block.scale)
-    grads = kernel.backward(block.dout, block.q, block.k, block.v, out, lse, block.mask, block.scale)
+    out, lse = kernel.forward(block.q, block.k, block.v, block.mask, Scoring(block.scale))
+    grads = kernel.backward(block.dout, block.q, block.k, block.v, out, lse, block.mask, Scoring(block.scale))
     return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
@@ -109,7 +109,7 @@ def test_backward_of_one_block_among_several_uses_the_global_log_sum_exp(name: s
     whole = Block(block.q, k, v, block.dout, "full", block.scale)
     wanted = answer(whole)
     parts = [
-        kernel.backward(block.dout, block.q, k[a:b], v[a:b], wanted["out"], wanted["lse"], "full", block.scale)
+        kernel.backward(block.dout, block.q, k[a:b], v[a:b], wanted["out"], wanted["lse"], "full", Scoring(block.scale))
         for a, b in ((0, 3), (3, keys))
     ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], wanted["dq"], rtol=0, atol=1e-10)
@@ -144,8 +144,12 @@ def test_kernels_are_chosen_by_device_and_dtype() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert {choose_kernel(cpu, d) for d in (torch.float64, torch.float32, torch.bfloat16)} == {CPU_FLASH}
     assert choose_kernel(cuda, torch.bfloat16) is choose_kernel(cuda, torch.float16) is CUDA_FLASH
-    with pytest.warns(UserWarning, match="no fast attention kernel for torch.float64 on cuda"):
+    with pytest.warns(UserWarning, match="torch.float64 on cuda runs in the slow naive kernel"):
         assert choose_kernel(cuda, torch.float64) is NAIVE
-    for device, dtype in ((cpu, torch.float16), (cpu, torch.int64), (torch.device("meta"), torch.float32)):
+    with pytest.warns(UserWarning, match="torch.float16 on cpu runs in the slow"):
+        assert choose_kernel(cpu, torch.float16) is NAIVE
+    with pytest.warns(UserWarning, match=r"softcap = 30.0 in torch.float32 on cpu runs in the slow"):
+        assert choose_kernel(cpu, torch.float32, 30.0) is NAIVE
+    for device, dtype in ((cpu, torch.int64), (torch.device("meta"), torch.float32)):
         with pytest.raises(UnsupportedError, match=f"{dtype} on {device.type}"):
             choose_kernel(device, dtype)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longctx.attention.kernels import NAIVE
+from longctx.attention.kernels import NAIVE, Scoring
 from longctx.attention.merge import merge_
 
 Part = tuple[Tensor, Tensor]
@@ -75,7 +75,7 @@ def test_any_order_of_any_cut_is_the_softmax(seed: int, widths: list[int], order
     order.shuffle(pieces)
     total: Part = (torch.zeros(3, 2, 4, dtype=torch.float64), torch.full((3, 2), -math.inf, dtype=torch.float64))
     for piece in pieces:
-        total = merged(total, NAIVE.forward(4 * q, k[piece], v[piece], "full", 1.0))
+        total = merged(total, NAIVE.forward(4 * q, k[piece], v[piece], "full", Scoring(1.0)))
     assert_same(total, wanted)
 
 

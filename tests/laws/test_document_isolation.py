@@ -67,7 +67,7 @@ def answers_here(jobs: list[tuple[Problem, Document, str]], leaky: bool = False)
             part = tensor[document.row, document.start : document.stop]
             part.copy_(part + 3 if change == "other" else torch.full_like(part, float(change)))
         both = (run_here(problem, context, whole) for whole in (plain, changed))
-        found.append(tuple(Answer(*(context.unshard(t) for t in parts)) for parts in both))
+        found.append(tuple(Answer(*(context.unshard(t) for t in parts[:4])) for parts in both))
     return found  # type: ignore[return-value]
 
 

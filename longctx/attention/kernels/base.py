@@ -5,7 +5,7 @@ M key rows, H query heads, K kv heads, E head dim.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,11 +15,18 @@ from longctx.sequence.plan import Mask
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class Scoring(NamedTuple):
+    """From dot products to scores: ``scale * q.k``, then ``softcap * tanh(score / softcap)`` where a cap is given."""
+
+    scale: float
+    softcap: float | None = None
+
+
 class Forward(Protocol):
     """Returns out_NHE in the query's dtype and lse_NH in fp32 (fp64 for fp64); rows without a key: 0 and -inf."""
 
     def __call__(
-        self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
+        self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -28,7 +35,7 @@ class Backward(Protocol):
 
     def __call__(
         self, dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
-        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
+        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
     ) -> Gradients: ...  # fmt: skip
 
 
@@ -37,6 +44,7 @@ class Kernel:
     """A backend: its name, the dtypes and head sizes it takes, and its two functions.
 
     ``tile``: most rows and columns of one call, for a kernel whose memory grows with their product.
+    ``softcaps``: whether it honours :attr:`Scoring.softcap`.
     """
 
     name: str
@@ -46,13 +54,16 @@ class Kernel:
     head_multiple: int = 1
     head_limit: int | None = None
     tile: int | None = None
+    softcaps: bool = False
 
-    def check(self, dtype: torch.dtype, head_dim: int) -> None:
+    def check(self, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> None:
         """Refuse what this kernel does not take.
 
         Raises:
-            UnsupportedError: the dtype or the head size.
+            UnsupportedError: the dtype, the head size or a soft cap.
         """
+        if softcap is not None and not self.softcaps:
+            raise UnsupportedError(f"the {self.name} kernel does not take softcap = {softcap}; use the naive kernel")
         if dtype not in self.dtypes:
             taken = ", ".join(sorted(str(d) for d in self.dtypes))
             raise UnsupportedError(f"the {self.name} kernel does not take {dtype}; use one of {taken}")
@@ -87,26 +98,26 @@ def flash_kernel(
     """A kernel around two of torch's flash operators, which know no anticausal mask: both axes are flipped for it."""
 
     def forward(
-        q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
+        q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if mask == "anticausal":
-            out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scale)
+            out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
             return out.flip(0), lse.flip(0)
         q, k, v = (_batched(t) for t in (q_NHE, k_MKE, v_MKE))
-        out, lse = flash_forward((q, k, v), mask == "causal", scale)
+        out, lse = flash_forward((q, k, v), mask == "causal", scoring.scale)
         return out[0].transpose(0, 1), lse[0].T
 
     def backward(
         dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
-        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
+        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
     ) -> Gradients:  # fmt: skip
         if mask == "anticausal":
             dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
-            dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scale)
+            dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
             return dq.flip(0), dk.flip(0), dv.flip(0)
         dout, q, k, v, out = (_batched(t) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
         lse = lse_NH.T[None].contiguous()
-        dq, dk, dv = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scale)
+        dq, dk, dv = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scoring.scale)
         return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
 
     return Kernel(name, dtypes, forward, backward, head_multiple, head_limit)

@@ -2,26 +2,33 @@
 
 import torch
 
-from longctx.attention.kernels.base import Gradients, Kernel
+from longctx.attention.kernels.base import Gradients, Kernel, Scoring
 from longctx.sequence.plan import Mask
 
 
-def _scores(q_NHE: torch.Tensor, k_MKE: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
+def _scores(
+    q_NHE: torch.Tensor, k_MKE: torch.Tensor, mask: Mask, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Masked scores [H, N, M], and where they are capped their derivative by the uncapped ones."""
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
     groups = q_NHE.shape[1] // k_MKE.shape[1]
     k_MHE = k_MKE.to(wide).repeat_interleave(groups, dim=1)
-    scores_HNM = torch.einsum("nhe,mhe->hnm", q_NHE.to(wide), k_MHE) * scale
+    scores_HNM = torch.einsum("nhe,mhe->hnm", q_NHE.to(wide), k_MHE) * scoring.scale
+    slope_HNM = None
+    if scoring.softcap is not None:
+        tanh_HNM = torch.tanh(scores_HNM / scoring.softcap)
+        scores_HNM, slope_HNM = tanh_HNM * scoring.softcap, 1 - tanh_HNM * tanh_HNM
     if mask == "full":
-        return scores_HNM
+        return scores_HNM, slope_HNM
     ones = torch.ones(scores_HNM.shape[1:], dtype=torch.bool, device=q_NHE.device)
     visible = ones.tril() if mask == "causal" else ones.triu()
-    return scores_HNM.masked_fill(~visible, float("-inf"))
+    return scores_HNM.masked_fill(~visible, float("-inf")), slope_HNM
 
 
 def forward(
-    q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scale: float
+    q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores_HNM = _scores(q_NHE, k_MKE, mask, scale)
+    scores_HNM, _ = _scores(q_NHE, k_MKE, mask, scoring)
     lse_HN = scores_HNM.logsumexp(-1)
     weights_HNM = torch.exp(scores_HNM - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
     v_MHE = v_MKE.to(weights_HNM.dtype).repeat_interleave(q_NHE.shape[1] // k_MKE.shape[1], dim=1)
@@ -30,16 +37,19 @@ def forward(
 
 def backward(
     dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
-    out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scale: float,
+    out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
 ) -> Gradients:  # fmt: skip
     wide = lse_NH.dtype
     groups = q_NHE.shape[1] // k_MKE.shape[1]
     lse_HN = lse_NH.T
-    weights_HNM = torch.exp(_scores(q_NHE, k_MKE, mask, scale) - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
+    scores_HNM, slope_HNM = _scores(q_NHE, k_MKE, mask, scoring)
+    weights_HNM = torch.exp(scores_HNM - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
     dout, q, out = dout_NHE.to(wide), q_NHE.to(wide), out_NHE.to(wide)
     k_MHE, v_MHE = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k_MKE, v_MKE))
     delta_HN = (dout * out).sum(-1).T
-    dscores_HNM = weights_HNM * (torch.einsum("nhe,mhe->hnm", dout, v_MHE) - delta_HN[..., None]) * scale
+    dscores_HNM = weights_HNM * (torch.einsum("nhe,mhe->hnm", dout, v_MHE) - delta_HN[..., None]) * scoring.scale
+    if slope_HNM is not None:
+        dscores_HNM *= slope_HNM
     dq_NHE = torch.einsum("hnm,mhe->nhe", dscores_HNM, k_MHE)
     dk_MHE = torch.einsum("hnm,nhe->mhe", dscores_HNM, q)
     dv_MHE = torch.einsum("hnm,nhe->mhe", weights_HNM, dout)
@@ -48,5 +58,6 @@ def backward(
 
 
 NAIVE = Kernel(
-    "naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward, tile=1024
-)
+    "naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward, tile=1024,
+    softcaps=True,
+)  # fmt: skip
