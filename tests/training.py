@@ -100,7 +100,8 @@ def config_of(case: Case) -> Config:
             "train": {
                 "steps": case.steps, "batch": case.batch, "micro_batch": case.micro_batch, "lr": case.lr,
                 "clip": case.clip, "loss_chunk": 7, "recompute": case.recompute, "precision": case.precision,
-                "schedule": {"warmup": 2}, "max_nonfinite": case.max_nonfinite,
+                # Adam divides by the gradient's size: a larger eps keeps it from blowing up rounding where that is 0.
+                "eps": 1e-4, "schedule": {"warmup": 2}, "max_nonfinite": case.max_nonfinite,
             },
             "engine": case.engine,
         }
