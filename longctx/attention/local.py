@@ -1,6 +1,6 @@
 """A rank's own work on one block of keys: run the kernel over its slices, accumulate in fp32 (fp64 for fp64)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,9 @@ import numpy.typing as npt
 import torch
 
 from longctx.attention.kernels import Kernel, Scoring
+from longctx.attention.kernels.base import Gradients
 from longctx.attention.merge import merge_
+from longctx.attention.steps import Rows, Step, steps_of
 from longctx.sequence.plan import Slice
 
 
@@ -31,14 +33,21 @@ class Partial:
         scoring: Scoring,
     ) -> None:  # fmt: skip
         """Add the keys of one block."""
-        for s in tiles(slices, kernel.tile):
-            rows, columns = slice(s.q_start, s.q_end), slice(s.k_start, s.k_end)
-            out, lse = kernel.forward(q_NHE[rows], k_MKE[columns], v_MKE[columns], s.mask, scoring)
-            if self.seen_N[rows].any():
-                merge_(self.out_NHE[rows], self.lse_NH[rows], out, lse)
-            else:
-                self.out_NHE[rows], self.lse_NH[rows] = out, lse
-            self.seen_N[rows] = True
+        for step in steps_of(slices, kernel):
+            self._add(step.rows, *_forward(kernel, step, q_NHE, k_MKE, v_MKE, scoring))
+
+    def _add(self, rows: Rows, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if not self.seen_N[rows.host].any():
+            rows.assign_(self.out_NHE, out)
+            rows.assign_(self.lse_NH, lse)
+            self.seen_N[rows.host] = True
+            return
+        total_out, total_lse = rows.of(self.out_NHE), rows.of(self.lse_NH)
+        merge_(total_out, total_lse, out, lse)
+        if rows.span is None:
+            rows.assign_(self.out_NHE, total_out)
+            rows.assign_(self.lse_NH, total_lse)
+        self.seen_N[rows.host] = True
 
 
 def gradients(
@@ -47,27 +56,31 @@ def gradients(
 ) -> torch.Tensor:  # fmt: skip
     """Add this block's share to ``dq_NHE`` and return its dk and dv, stacked [M, 2, K, E], in the wide dtype."""
     dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=dq_NHE.dtype, device=dq_NHE.device)
-    for s in tiles(slices, kernel.tile):
-        rows, columns = slice(s.q_start, s.q_end), slice(s.k_start, s.k_end)
-        dq, dk, dv = kernel.backward(
-            dout_NHE[rows], q_NHE[rows], k_MKE[columns], v_MKE[columns], out_NHE[rows], lse_NH[rows], s.mask, scoring
-        )
-        dq_NHE[rows] += dq
-        dkv_M2KE[columns, 0] += dk
-        dkv_M2KE[columns, 1] += dv
+    for step in steps_of(slices, kernel):
+        dq, dk, dv = _backward(kernel, step, dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, scoring)
+        step.rows.add_(dq_NHE, dq)
+        step.columns.add_(dkv_M2KE[:, 0], dk)
+        step.columns.add_(dkv_M2KE[:, 1], dv)
     return dkv_M2KE
 
 
-def tiles(slices: Sequence[Slice], size: int | None) -> Iterator[Slice]:
-    """The same work in slices of at most ``size`` rows and columns, or as it is (None)."""
-    for s in slices:
-        if size is None:
-            yield s
-            continue
-        for q in range(s.q_start, s.q_end, size):
-            for k in range(s.k_start, s.k_end, size):
-                # A triangle is square, so its diagonal runs through tiles of equal place, and one side of it is empty.
-                ahead = (k - s.k_start) - (q - s.q_start)
-                if (s.mask == "causal" and ahead > 0) or (s.mask == "anticausal" and ahead < 0):
-                    continue
-                yield Slice(q, min(q + size, s.q_end), k, min(k + size, s.k_end), "full" if ahead else s.mask)
+def _forward(
+    kernel: Kernel, step: Step, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = step.rows.of(q_NHE), step.columns.of(k_MKE), step.columns.of(v_MKE)
+    if step.segments is None:
+        return kernel.forward(q, k, v, step.mask, scoring)
+    assert kernel.varlen is not None
+    return kernel.varlen.forward(q, k, v, step.segments, scoring)
+
+
+def _backward(
+    kernel: Kernel, step: Step, dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
+    out_NHE: torch.Tensor, lse_NH: torch.Tensor, scoring: Scoring,
+) -> Gradients:  # fmt: skip
+    dout, q, out, lse = (step.rows.of(t) for t in (dout_NHE, q_NHE, out_NHE, lse_NH))
+    k, v = step.columns.of(k_MKE), step.columns.of(v_MKE)
+    if step.segments is None:
+        return kernel.backward(dout, q, k, v, out, lse, step.mask, scoring)
+    assert kernel.varlen is not None
+    return kernel.varlen.backward(dout, q, k, v, out, lse, step.segments, scoring)

@@ -1,6 +1,6 @@
 """Joining partial attention results over disjoint sets of keys: associative, commutative, safe at -inf.
 
-``n = logaddexp(a, b)``, weights ``exp(a - d)`` with ``d = n`` where n is finite and 0 where no key was seen at all.
+``n = logaddexp(a, b)``, weights ``exp(a - d)`` with ``d = n`` where any key was seen and finite where none was.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 def merge_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, part_NHE: torch.Tensor, part_lse_NH: torch.Tensor) -> None:
     """Merge a partial result into the accumulators in place; accumulators are fp32 or fp64."""
     joint_NH = torch.logaddexp(lse_NH, part_lse_NH)
-    divisor_NH = joint_NH.masked_fill(joint_NH.isneginf(), 0)
+    divisor_NH = _finite(joint_NH)
     out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
     out_NHE.addcmul_(part_NHE.to(out_NHE.dtype), torch.exp(part_lse_NH - divisor_NH)[..., None])
     lse_NH.copy_(joint_NH)
@@ -18,7 +18,7 @@ def merge_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, part_NHE: torch.Tensor, 
 def add_sink_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor) -> None:
     """Let each head's softmax also see one logit whose value is zero, in place; once per row, after all keys."""
     joint_NH = torch.logaddexp(lse_NH, sink_H.to(lse_NH.dtype))
-    divisor_NH = joint_NH.masked_fill(joint_NH.isneginf(), 0)
+    divisor_NH = _finite(joint_NH)
     out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
     lse_NH.copy_(joint_NH)
 
@@ -30,3 +30,8 @@ def sink_gradient(
     delta_NH = (dout_NHE.to(lse_NH.dtype) * out_NHE.to(lse_NH.dtype)).sum(-1)
     weight_NH = torch.exp(sink_H.to(lse_NH.dtype) - lse_NH.masked_fill(lse_NH.isneginf(), 0))
     return -(weight_NH * delta_NH).sum(0)
+
+
+def _finite(lse_NH: torch.Tensor) -> torch.Tensor:
+    """-inf, where every weight is 0 whatever it is divided by, becomes the lowest number; one pass over the rows."""
+    return lse_NH.clamp_min(torch.finfo(lse_NH.dtype).min)

@@ -6,11 +6,11 @@ rectangles.
 Every rank plans for all ranks, so senders and receivers agree without a message.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from longctx.sequence.layout import Layout
 
@@ -32,6 +32,20 @@ class Slice(NamedTuple):
         """Query-key pairs that are computed."""
         rows, columns = self.q_end - self.q_start, self.k_end - self.k_start
         return rows * columns if self.mask == "full" else rows * (rows + 1) // 2
+
+
+class Slices(tuple[Slice, ...]):
+    """All work of one rank on the keys of one rank.
+
+    ``made`` keeps what a kernel derives from it (tilings, tables of sequences), so that all layers share that too.
+    """
+
+    made: dict[Any, Any]
+
+    def __new__(cls, slices: Iterable[Slice] = ()) -> "Slices":
+        new = super().__new__(cls, slices)
+        new.made = {}
+        return new
 
 
 class Piece(NamedTuple):
@@ -58,18 +72,16 @@ class AttentionPlan:
     documents: Documents
     causal: bool = True
     window: int | None = None
-    _found: dict[tuple[int, int], tuple[Slice, ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _found: dict[tuple[int, int], Slices] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def degree(self) -> int:
         return self.keys.degree
 
-    def slices(self, rank: int, source: int) -> tuple[Slice, ...]:
+    def slices(self, rank: int, source: int) -> Slices:
         """Work of query rank ``rank`` on the keys of rank ``source``; found once, then shared by all layers."""
         if (rank, source) not in self._found:
-            self._found[rank, source] = tuple(_coalesced(list(self._uncoalesced(rank, source))))
+            self._found[rank, source] = Slices(_coalesced(list(self._uncoalesced(rank, source))))
         return self._found[rank, source]
 
     def needs(self, rank: int, source: int) -> bool:

@@ -1,10 +1,13 @@
 """The one signature of all kernels.
 
-A kernel works on one dense block: N queries over M keys of the same document, never empty. Legend: N query rows,
-M key rows, H query heads, K kv heads, E head dim.
+A kernel works on one dense block: N queries over M keys of the same document, never empty. One that takes sequences
+of different lengths works on many such blocks in one call. Legend: N query rows, M key rows, H query heads, K kv heads,
+E head dim.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,7 +26,7 @@ class Scoring(NamedTuple):
 
 
 class Forward(Protocol):
-    """Returns out_NHE in the query's dtype and lse_NH in fp32 (fp64 for fp64); rows without a key: 0 and -inf."""
+    """Returns out_NHE in the query's dtype or wider and lse_NH in fp32 (fp64 for fp64)."""
 
     def __call__(
         self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
@@ -31,7 +34,10 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """Returns dq_NHE, dk_MKE, dv_MKE of this block; ``out`` and ``lse`` are those of the whole row, over all blocks."""
+    """Returns dq_NHE, dk_MKE, dv_MKE of this block, in the operands' dtype or wider.
+
+    ``out`` and ``lse`` are those of the whole row, over all blocks.
+    """
 
     def __call__(
         self, dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
@@ -40,11 +46,73 @@ class Backward(Protocol):
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Blocks of one mask, their rows and keys laid one after another.
+
+    Block i has rows ``[q_bounds[i], q_bounds[i + 1])`` and keys ``[k_bounds[i], k_bounds[i + 1])``; causal ones are
+    square.
+    """
+
+    q_bounds: tuple[int, ...]
+    k_bounds: tuple[int, ...]
+    causal: bool
+    _tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Most rows and most keys of any block."""
+        rows, columns = (max(b - a for a, b in pairwise(bounds)) for bounds in (self.q_bounds, self.k_bounds))
+        return rows, columns
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both bounds as int32 tensors, brought to the device once."""
+        if device not in self._tables:
+            q, k = (torch.tensor(bounds, dtype=torch.int32).to(device) for bounds in (self.q_bounds, self.k_bounds))
+            self._tables[device] = q, k
+        return self._tables[device]
+
+
+class VarlenForward(Protocol):
+    """:class:`Forward` of all blocks in one call; no row is in two blocks."""
+
+    def __call__(
+        self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, segments: Segments, scoring: Scoring
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class VarlenBackward(Protocol):
+    """:class:`Backward` of all blocks in one call."""
+
+    def __call__(
+        self, dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
+        out_NHE: torch.Tensor, lse_NH: torch.Tensor, segments: Segments, scoring: Scoring,
+    ) -> Gradients: ...  # fmt: skip
+
+
+class Varlen(NamedTuple):
+    """The two functions of a kernel that takes many blocks in one call."""
+
+    forward: VarlenForward
+    backward: VarlenBackward
+
+
+def always(device: torch.device) -> bool:
+    """A kernel that needs nothing but its device."""
+    return True
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A backend: its name, the dtypes and head sizes it takes, and its two functions.
 
-    ``tile``: most rows and columns of one call, for a kernel whose memory grows with their product.
+    ``tile``: most rows and columns of one call: what the call holds beside its operands grows with them.
     ``softcaps``: whether it honours :attr:`Scoring.softcap`.
+    ``triangle``: largest causal block of one call, for a kernel that computes much of what the mask hides; larger ones
+    are cut into two such triangles and a square, again and again. None: the kernel skips what is hidden.
+    ``varlen``: the functions for many blocks in one call, where it has them.
+    ``found``: whether it can run on a device of this process.
     """
 
     name: str
@@ -55,6 +123,9 @@ class Kernel:
     head_limit: int | None = None
     tile: int | None = None
     softcaps: bool = False
+    triangle: int | None = None
+    varlen: Varlen | None = None
+    found: Callable[[torch.device], bool] = always
 
     def check(self, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> None:
         """Refuse what this kernel does not take.
@@ -72,57 +143,3 @@ class Kernel:
                 f"the {self.name} kernel does not take a head size of {head_dim}; use a multiple of "
                 f"{self.head_multiple}" + (f" up to {self.head_limit}" if self.head_limit else "")
             )
-
-
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class FlashForward(Protocol):
-    """torch's layout: [1, heads, rows, E] in, the output so and its log-sum-exp [1, H, N] out."""
-
-    def __call__(self, qkv: Operands, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class FlashBackward(Protocol):
-    """Gradients of q, k, v [1, heads, rows, E]."""
-
-    def __call__(
-        self, dout: torch.Tensor, qkv: Operands, out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float
-    ) -> Gradients: ...
-
-
-def flash_kernel(
-    name: str, dtypes: frozenset[torch.dtype], flash_forward: FlashForward, flash_backward: FlashBackward,
-    head_multiple: int = 1, head_limit: int | None = None,
-) -> Kernel:  # fmt: skip
-    """A kernel around two of torch's flash operators, which know no anticausal mask: both axes are flipped for it."""
-
-    def forward(
-        q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask == "anticausal":
-            out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
-            return out.flip(0), lse.flip(0)
-        q, k, v = (_batched(t) for t in (q_NHE, k_MKE, v_MKE))
-        out, lse = flash_forward((q, k, v), mask == "causal", scoring.scale)
-        return out[0].transpose(0, 1), lse[0].T
-
-    def backward(
-        dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
-        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
-    ) -> Gradients:  # fmt: skip
-        if mask == "anticausal":
-            dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
-            dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
-            return dq.flip(0), dk.flip(0), dv.flip(0)
-        dout, q, k, v, out = (_batched(t) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
-        lse = lse_NH.T[None].contiguous()
-        dq, dk, dv = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scoring.scale)
-        return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
-
-    return Kernel(name, dtypes, forward, backward, head_multiple, head_limit)
-
-
-def _batched(t_NHE: torch.Tensor) -> torch.Tensor:
-    """[N, H, E] as [1, H, N, E], without a copy."""
-    return t_NHE.transpose(0, 1)[None]

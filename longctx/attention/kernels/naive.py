@@ -1,4 +1,7 @@
-"""The oracle: dense attention of one block, every score held. Works in any floating dtype on any device."""
+"""The oracle: dense attention of one block, every score held. Works in any floating dtype on any device.
+
+Output and gradients stay in the wide dtype, so that partial results are not rounded before they are joined.
+"""
 
 import torch
 
@@ -32,7 +35,7 @@ def forward(
     lse_HN = scores_HNM.logsumexp(-1)
     weights_HNM = torch.exp(scores_HNM - lse_HN.masked_fill(lse_HN.isneginf(), 0)[..., None])
     v_MHE = v_MKE.to(weights_HNM.dtype).repeat_interleave(q_NHE.shape[1] // k_MKE.shape[1], dim=1)
-    return torch.einsum("hnm,mhe->nhe", weights_HNM, v_MHE).to(q_NHE.dtype), lse_HN.T
+    return torch.einsum("hnm,mhe->nhe", weights_HNM, v_MHE), lse_HN.T
 
 
 def backward(
@@ -54,7 +57,7 @@ def backward(
     dk_MHE = torch.einsum("hnm,nhe->mhe", dscores_HNM, q)
     dv_MHE = torch.einsum("hnm,nhe->mhe", weights_HNM, dout)
     dk, dv = (t.view(t.shape[0], -1, groups, t.shape[2]).sum(2) for t in (dk_MHE, dv_MHE))
-    return dq_NHE.to(q_NHE.dtype), dk.to(k_MKE.dtype), dv.to(v_MKE.dtype)
+    return dq_NHE, dk, dv
 
 
 NAIVE = Kernel(

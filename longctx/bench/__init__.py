@@ -1,0 +1,1 @@
+"""Measurements: results as tables and JSON."""
