@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from varlen_cases import NAIVE_VARLEN
 
 from longctx.attention import attention
 from longctx.attention.kernels import CPU_FLASH, NAIVE
@@ -20,7 +21,7 @@ from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import Documents
 
-KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLASH}
+KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLASH, "varlen": NAIVE_VARLEN}
 
 
 @dataclass(frozen=True)

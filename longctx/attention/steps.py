@@ -99,9 +99,12 @@ def _steps(slices: Sequence[Slice], kernel: Kernel) -> Iterator[Step]:
 
 
 def groups(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Slices of one mask that share neither query rows nor keys, both ascending: the first group with room each."""
+    """Slices of one mask that share neither query rows nor keys, both ascending: the first group with room each.
+
+    A single pair has no mask and is counted as causal, so that a document of one token joins the others.
+    """
     found: list[list[Slice]] = []
-    for s in sorted(slices, key=lambda s: (s.q_start, s.k_start)):
+    for s in sorted(s._replace(mask="causal") if s.area == 1 else s for s in slices):
         for group in found:
             last = group[-1]
             if last.mask == s.mask and last.q_end <= s.q_start and last.k_end <= s.k_start:

@@ -97,7 +97,9 @@ def test_dtypes_of_the_results(name: str, dtype: torch.dtype) -> None:
     block = random_block(random.Random(1), "causal", dtype)
     found = run(KERNELS[name], block)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert (found["out"].dtype, found["lse"].dtype) == (dtype, wide)
+    # The naive kernel does not round its partial results.
+    out = dtype if name == "cpu_flash" else wide
+    assert {found[part].dtype for part in ("out", "dq", "dk", "dv")} == {out} and found["lse"].dtype == wide
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))

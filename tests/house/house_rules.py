@@ -27,6 +27,7 @@ ORDER = (
     "eval",
     "report",
     "demo",
+    "bench",
     "cli",
     "__main__",
 )

@@ -5,54 +5,22 @@ Counted are the storages that operators return; what a kernel allocates inside i
 Legend: T local tokens, H query heads, K kv heads, E head dim, P ranks.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from attention_cases import Problem, context_of
 from law_models import sequence_group
+from live_bytes import LiveBytes
 from pool import Pool
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longctx.attention import attention
 from longctx.sequence.context import SequenceContext
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 QUERY, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators made and that are still alive; the peak, and the largest one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 @dataclass(frozen=True)
