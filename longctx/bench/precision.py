@@ -15,7 +15,7 @@ from torch import Tensor
 from longctx.attention.kernels import NAIVE, Kernel, Scoring
 from longctx.bench.virtual_ring import VirtualRing, cut, joined
 from longctx.sequence.layout import zigzag
-from longctx.sequence.plan import AttentionPlan
+from longctx.sequence.plan import AttentionPlan, Mask
 
 RING_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PARTS = ("out", "dq", "dk", "dv")
@@ -52,7 +52,7 @@ def error_growth(
     q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     scoring = Scoring(head_dim**-0.5)
     exact = _ring(NAIVE, 1, causal, scoring, *(t.double() for t in (q, k, v, dout)))
-    mask = "causal" if causal else "full"
+    mask: Mask = "causal" if causal else "full"
     out, lse = kernel.forward(q, k, v, mask, scoring)
     out = out.to(dtype)
     alone = [out, *(t.to(dtype) for t in kernel.backward(dout, q, k, v, out, lse, mask, scoring))]
