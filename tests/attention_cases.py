@@ -3,6 +3,7 @@
 Legend: B batch, S global tokens, T local tokens, H query heads, K kv heads, E head dim.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from longctx.attention import attention
 from longctx.attention.kernels import CPU_FLASH, NAIVE
+from longctx.attention.schemes import SCHEMES
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
@@ -25,7 +27,7 @@ KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLA
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call over whole sequences."""
+    """One attention call over whole sequences; ``inner``: ranks of an inner group, where the world has such groups."""
 
     length: int
     documents: Documents = ((0,),)
@@ -39,6 +41,7 @@ class Problem:
     sink: bool = False
     softcap: float | None = None
     scheme: str = "ring"
+    inner: int = 2
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -89,6 +92,8 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
         rng.random() < 0.4,
         rng.choice([None, 6.0]) if kernel in ("naive", "tiled") else None,
+        rng.choice(sorted(SCHEMES)),
+        rng.choice([1, 2, 3, 4]),
         kernel=kernel,
         seed=rng.randrange(2**31),
     )
@@ -187,10 +192,13 @@ def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[T
     """On every rank of a world: its share of every answer, and its transfers."""
     import torch.distributed as dist
 
-    group = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
     found = []
+    size = dist.get_world_size()
+    inners = sorted({math.gcd(problem.inner, size) for problem in problems})
+    groups = {inner: build_mesh(size, torch.device("cpu"), 60, inner).sequence for inner in inners}
     for problem in problems:
         ledger = Ledger()
+        group = groups[math.gcd(problem.inner, size)]
         found.append((run_here(problem, context_of(problem, group, ledger)), ledger.transfers))
     return found
 

@@ -3,6 +3,7 @@
 Legend: B batch, T local tokens, S global tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -80,6 +81,12 @@ class SequenceContext:
     def rank(self) -> int:
         return self.group.rank
 
+    def keeping(self, kept: Kept) -> "SequenceContext":
+        """The same context, plans included, for both passes through a recomputed region."""
+        context = replace(self, kept=kept)
+        object.__setattr__(context, "_made", self._made)
+        return context
+
     def extend(self, new: int) -> "SequenceContext":
         """The context of ``new`` tokens that follow this one's, for decoding on one rank.
 
@@ -93,6 +100,12 @@ class SequenceContext:
             raise UnsupportedError("decoding continues one unsharded document per row; use degree 1, no packing")
         layout = Layout(self.length + new, (((self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returned the first time ``key`` was asked for: plans and schedules, shared by all layers."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
         """The attention plan of these tokens over this context's keys, computed once."""

@@ -12,6 +12,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from longctx.sequence.layout import Layout
 
 Mask = Literal["full", "causal", "anticausal"]
@@ -82,14 +85,10 @@ class AttentionPlan:
             for k in keys.get(document, ())
         )
 
-    @cached_property
-    def last_hop(self) -> tuple[int, ...]:
-        """For each source, the last ring hop whose receiver still needs its block; 0 if nobody else does."""
-        size = self.degree
-        return tuple(
-            next((hop for hop in range(size - 1, 0, -1) if self.needs((source + hop) % size, source)), 0)
-            for source in range(size)
-        )
+    def needed_pairs(self) -> npt.NDArray[np.bool_]:
+        """[query ranks, key ranks]: whether the one has any work on the keys of the other."""
+        ranks, sources = range(self.queries.degree), range(self.keys.degree)
+        return np.array([[self.needs(rank, source) for source in sources] for rank in ranks])
 
     def _uncoalesced(self, rank: int, source: int) -> Iterator[Slice]:
         keys = self._key_pieces[source]
