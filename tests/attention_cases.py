@@ -190,17 +190,23 @@ def run_here(problem: Problem, context: SequenceContext, whole: Sequence[Tensor]
 
 def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[Transfer]]]:
     """On every rank of a world: its share of every answer, and its transfers."""
-    import torch.distributed as dist
-
     found = []
-    size = dist.get_world_size()
-    inners = sorted({math.gcd(problem.inner, size) for problem in problems})
-    groups = {inner: build_mesh(size, torch.device("cpu"), 60, inner).sequence for inner in inners}
-    for problem in problems:
+    for problem, group in zip(problems, groups_of(problems), strict=True):
         ledger = Ledger()
-        group = groups[math.gcd(problem.inner, size)]
         found.append((run_here(problem, context_of(problem, group, ledger)), ledger.transfers))
     return found
+
+
+def groups_of(problems: Sequence[Problem]) -> list[Group]:
+    """All ranks of this world as one sequence group, with the inner groups each problem wants; collective."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    if size == 1:
+        return [alone().sequence] * len(problems)
+    inners = [math.gcd(problem.inner, size) for problem in problems]
+    groups = {inner: build_mesh(size, torch.device("cpu"), 60, inner).sequence for inner in sorted(set(inners))}
+    return [groups[inner] for inner in inners]
 
 
 def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from attention_cases import Answer, Problem, context_of, inputs, random_documents, random_problem, run_here
-from law_models import VOCABULARY, Decoder, logits_of, random_tokens, sequence_group
+from attention_cases import Answer, Problem, context_of, groups_of, inputs, random_documents, random_problem, run_here
+from law_models import VOCABULARY, Decoder, logits_of, random_tokens
 from pool import Pool
 from torch import Tensor
 
@@ -56,9 +56,8 @@ class LeakyContext(SequenceContext):
 
 def answers_here(jobs: list[tuple[Problem, Document, str]], leaky: bool = False) -> list[tuple[Answer, Answer]]:
     """Answers to the plain inputs and to those with one document's q, k, v and dout changed."""
-    group = sequence_group()
     found = []
-    for problem, document, change in jobs:
+    for (problem, document, change), group in zip(jobs, groups_of([job[0] for job in jobs]), strict=True):
         context = context_of(problem, group)
         if leaky:
             context = LeakyContext(group, context.layout, context.documents)
