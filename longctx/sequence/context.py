@@ -13,8 +13,8 @@ from longctx.errors import UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.gather import gather_shards
 from longctx.sequence.collectives.ledger import Ledger
-from longctx.sequence.layout import Layout
-from longctx.sequence.plan import AttentionPlan, Documents
+from longctx.sequence.layout import Documents, Layout, Run, contiguous
+from longctx.sequence.plan import AttentionPlan
 
 
 @dataclass(eq=False)
@@ -55,8 +55,8 @@ class SequenceContext:
         """Whole sequences on one rank; without ``documents`` each row is one document."""
         if documents is not None and len(documents) != batch:
             raise ValueError(f"documents of {len(documents)} rows for a batch of {batch} rows")
-        layout = Layout(length, (((0, length),) if length else (),))
-        return SequenceContext(Group(0, (0,)), layout, ((0,),) * batch if documents is None else documents)
+        documents = ((0,),) * batch if documents is None else documents
+        return SequenceContext(Group(0, (0,)), contiguous(length, 1), documents)
 
     @property
     def batch(self) -> int:
@@ -91,14 +91,14 @@ class SequenceContext:
             raise ValueError(f"a sequence cannot be extended by {new} tokens")
         if self.degree > 1 or any(len(starts) > 1 for starts in self.documents):
             raise UnsupportedError("decoding continues one unsharded document per row; use degree 1, no packing")
-        layout = Layout(self.length + new, (((self.length, self.length + new),),))
+        layout = Layout(self.length + new, ((Run(self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
         """The attention plan of these tokens over this context's keys, computed once."""
         key = ("plan", causal, window)
         if key not in self._made:
-            keys = Layout(self.length, (((0, self.length),),)) if self.past else self.layout
+            keys = contiguous(self.length, 1) if self.past else self.layout
             self._made[key] = AttentionPlan(self.layout, keys, self.documents, causal, window)
         plan: AttentionPlan = self._made[key]
         return plan

@@ -25,7 +25,7 @@ def test_positions_restart_at_every_document(seed: int) -> None:
     for _ in range(60):
         length, degree, name = rng.randrange(1, 40), rng.randrange(1, 6), rng.choice(sorted(LAYOUTS))
         documents = random_documents(rng, rng.randrange(1, 4), length)
-        layout = LAYOUTS[name](length, degree)
+        layout = LAYOUTS[name](length, degree, documents)
         for rank, context in enumerate(contexts(layout, documents)):
             positions_BT = context.positions()
             assert positions_BT.shape == (len(documents), context.local_length) and positions_BT.dtype == torch.int64
