@@ -204,6 +204,15 @@ def test_balanced_cuts_no_finer_than_it_must() -> None:
     assert balanced(4096, 8) == contiguous(4096, 8)
 
 
+def test_balanced_keeps_documents_on_few_ranks() -> None:
+    """Documents of two ranks' size, unevenly long: most pairs of 64 ranks have nothing to send each other."""
+    documents = (packed(np.random.default_rng(0), 2**16, 2**11, 0.7),)
+    layout = balanced(2**16, 64, documents)
+    assert imbalance(layout, documents) <= 1.05
+    needed = AttentionPlan(layout, layout, documents).needed_pairs
+    assert needed.mean() < 0.35
+
+
 def test_every_rank_finds_the_same_balanced_layout(seed: int) -> None:
     documents = (packed(np.random.default_rng(seed), 5003, 300, 1.0),)
     assert balanced(5003, 7, documents) == balanced(5003, 7, documents)
