@@ -81,7 +81,8 @@ def balanced(length: int, degree: int, documents: Documents = ()) -> Layout:
     """Chunks are dealt so that ranks hold equally many tokens and equal causal work over all rows of ``documents``.
 
     Work is the number of visible query-key pairs of full causal attention inside documents. Windows and bidirectional
-    attention are not looked at: a window's work follows the tokens, which are even.
+    attention are not looked at: their work is as even as the tokens where documents are much longer than the window,
+    and may be less even than that where windows and documents are of a size.
     """
     cuts, chunks = balanced_chunks(length, degree, documents)
     return _of_chunks(length, cuts, chunks)

@@ -46,6 +46,16 @@ def test_random_shapes_agree(pool: Pool, seed: int, round_: int) -> None:
         assert_same_training(found, wanted, 1e-10)
 
 
+@pytest.mark.parametrize("layout", ["striped", "balanced"])
+def test_layouts_of_many_pieces_agree(pool: Pool, seed: int, layout: str) -> None:
+    """Micro-batches of two rows, whose documents decide together how balanced cuts them, and differently each time."""
+    case = Case(length=97, layout=layout, batch=4, micro_batch=2, seed=seed % 1000)
+    (wanted,) = pool.run(train, 1, case)
+    for degree in (2, 3):
+        found = pool.run(train, degree, replace(case, degree=degree))[0]
+        assert_same_training(found, wanted, 1e-10)
+
+
 def test_a_single_wrong_label_is_noticed(pool: Pool) -> None:
     case = Case(steps=1, batch=2)
     (wanted,) = pool.run(train, 1, case)
