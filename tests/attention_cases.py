@@ -77,7 +77,7 @@ def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
 
 
 def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
-    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, both layouts."""
+    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, every layout."""
     length = rng.choice([1, 2, 3, 4, 5, 7, 11, 16, 23, 31, 47])
     kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 4, 7, 16])
     return Problem(
@@ -86,7 +86,7 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         kv_heads * rng.choice([1, 2, 3]),
         kv_heads,
         head_dim,
-        rng.choice(["zigzag", "contiguous"]),
+        rng.choice(sorted(LAYOUTS)),
         rng.random() < 0.7,
         rng.choice([None, None, 1, 2, 3, 8, length]),
         rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
@@ -167,7 +167,7 @@ def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Ten
 
 
 def context_of(problem: Problem, group: Group, ledger: Ledger | None = None) -> SequenceContext:
-    layout = LAYOUTS[problem.layout](problem.length, group.size)
+    layout = LAYOUTS[problem.layout](problem.length, group.size, problem.documents)
     return SequenceContext(group, layout, problem.documents, scheme=problem.scheme, ledger=ledger)
 
 
@@ -218,7 +218,7 @@ def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
     answers = []
     for number, problem in enumerate(problems):
         parts = [rank[number][0] for rank in ranks]
-        layout = LAYOUTS[problem.layout](problem.length, world)
+        layout = LAYOUTS[problem.layout](problem.length, world, problem.documents)
         order = torch.from_numpy(np.concatenate([layout.indices(rank) for rank in range(world)]))
         whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(4)]
         dsink = torch.stack([part[4] for part in parts]).sum(0) if problem.sink else None

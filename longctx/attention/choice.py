@@ -7,7 +7,7 @@ Legend: H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from longctx.attention.schemes import SCHEMES, inner_and_outer, joined_plan
@@ -64,7 +64,7 @@ def choose_scheme(context: SequenceContext, call: Call, device: str) -> Choice:
     # The first of equals, in the order of SCHEMES: the ring needs least memory.
     best = min(seconds, key=lambda scheme: seconds[scheme])
     others = ", ".join(f"{scheme} {t / seconds[best]:.2f}x" for scheme, t in seconds.items() if scheme != best)
-    return Choice(best, seconds, f"{best} takes the least estimated time per layer" + (f" ({others})" if others else ""))
+    return Choice(best, seconds, f"the least estimated time per layer (others: {others or 'none'})")
 
 
 def candidates(context: SequenceContext, call: Call) -> list[str]:
@@ -85,7 +85,7 @@ def estimate(context: SequenceContext, scheme: str, call: Call, machine: Machine
     step = -(-degree // _MOST_RANKS)
     hidden = waited = 0.0
     for rank in sorted({*range(0, degree, step), inner - 1, degree - 1}):
-        seen = replace(context, group=folded(rank, degree, inner), scheme=scheme, ledger=None)
+        seen = context.seen_from(folded(rank, degree, inner), scheme)
         forward, backward = planned_passes(seen, call)
         times = {"ring": 0.0, "other": 0.0}
         for transfer in forward + backward:
@@ -94,15 +94,15 @@ def estimate(context: SequenceContext, scheme: str, call: Call, machine: Machine
                 kind = "ring" if transfer.kind.startswith("ring") else "other"
                 times[kind] += transfer.bytes / rate
         hidden, waited = max(hidden, times["ring"]), max(waited, times["other"])
-    pairs = heaviest(replace(context, group=folded(0, degree, inner), scheme=scheme), call)
+    pairs = heaviest(context.seen_from(folded(0, degree, inner), scheme), call)
     return max(pairs * _FLOPS_PER_PAIR * call.head_dim / machine.flops, hidden) + waited
 
 
 def heaviest(context: SequenceContext, call: Call) -> int:
     """Query-key pairs times heads of the rank that has most."""
     if context.scheme not in ("ulysses", "hybrid"):
-        return max(context.plan(call.causal, call.window).work()) * call.heads
+        return max(context.plan(call.causal, call.window).work) * call.heads
     inner = inner_and_outer(context)[0].size
     plan = joined_plan(context, inner, call.causal, call.window)[1]
     shares = HeadShare.of(call.heads, call.kv_heads, inner).queries
-    return max(plan.work()) * max(last - first for first, last in shares)
+    return max(plan.work) * max(last - first for first, last in shares)

@@ -61,7 +61,7 @@ class Schedules:
 
     @staticmethod
     def of(plan: AttentionPlan, width: int | None = None) -> "Schedules":
-        needs = plan.needed_pairs()
+        needs = plan.needed_pairs
         return Schedules(ring_schedule(needs, width), ring_schedule(needs.T, width))
 
 

@@ -20,7 +20,7 @@ from longctx.sequence.collectives.gather import GatherRows
 from longctx.sequence.collectives.transpose import Transposition
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.join import Joined, join
-from longctx.sequence.layout import Layout
+from longctx.sequence.layout import contiguous
 from longctx.sequence.plan import AttentionPlan
 
 
@@ -64,7 +64,7 @@ def exchange(operands: Operands, request: Request) -> Tensor:
 def allgather(operands: Operands, request: Request) -> Tensor:
     """All keys and values on every rank."""
     context, causal, window = request.context, request.causal, request.window
-    keys = Layout(context.length, (((0, context.length),) if context.length else (),))
+    keys = contiguous(context.length, 1)
     plan = context.once(
         ("gathered plan", causal, window),
         lambda: AttentionPlan(context.layout, keys, context.documents, causal, window),
@@ -127,9 +127,8 @@ def transposition(context: SequenceContext, inner: Group, share: HeadShare) -> T
 
 def gathered_rows(context: SequenceContext) -> GatherRows:
     """How the rows of the context come together."""
-    rows: GatherRows = context.once(
-        "gathered rows", lambda: GatherRows(context.group, context.batch, context.layout, context.ledger)
-    )
+    make = lambda: GatherRows(context.group, context.batch, context.layout, context.ledger)  # noqa: E731
+    rows: GatherRows = context.once(("gathered rows", context.rank), make)
     return rows
 
 

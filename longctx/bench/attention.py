@@ -65,16 +65,16 @@ def contenders(ranks: int, inner: int, shape: Shape) -> list[str]:
     return found
 
 
-def bench(
-    shape: Shape, ranks: int, rounds: int, inner: int, advance: Callable[[str], None] = lambda _: None
-) -> Report:
+def bench(shape: Shape, ranks: int, rounds: int, inner: int, advance: Callable[[str], None] = lambda _: None) -> Report:
     """Measure all contenders in turns, ``rounds`` times.
 
     Raises:
         UnsupportedError: fewer than two ranks, or ``inner`` does not divide them.
     """
     if ranks < 2 or ranks % inner:
-        raise UnsupportedError(f"a benchmark of {ranks} ranks in groups of {inner}; use 2 or more, in groups that divide")
+        raise UnsupportedError(
+            f"a benchmark of {ranks} ranks in groups of {inner}; use 2 or more, in groups that divide"
+        )
     names = contenders(ranks, inner, shape)
     times: dict[str, list[float]] = {name: [] for name in (SINGLE, *names)}
     memory: dict[str, float] = {}
@@ -124,13 +124,14 @@ def table(report: Report) -> list[str]:
         f"{shape.heads} heads, {shape.kv_heads} kv heads, E = {shape.head_dim}, causal, forward + backward, "
         f"medians of {report.rounds} interleaved rounds"
     )
-    lines = [head, "", "| scheme | efficiency vs single (min to max) | vs DeepSpeed Ulysses | time per pair vs ring | extra memory |"]
-    lines.append("|---|---|---|---|---|")
+    columns = ("scheme", "efficiency vs single", "vs DeepSpeed Ulysses", "time per pair vs ring", "extra memory")
+    lines = [head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report.rows:
         low, high = row.spread
         lines.append(
             f"| {row.contender} | {row.efficiency_vs_single:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{_cell(row.ratio_vs_deepspeed_ulysses)} | {_cell(row.time_per_pair_vs_ring)} | {row.extra_memory_ratio:.2f} |"
+            f"{_cell(row.ratio_vs_deepspeed_ulysses)} | {_cell(row.time_per_pair_vs_ring)} | "
+            f"{row.extra_memory_ratio:.2f} |"
         )
     return lines
 

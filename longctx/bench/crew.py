@@ -31,7 +31,9 @@ class Crew:
         self._world = [self._start(Post(r, self._ranks, 1, str(store), self._inner)) for r in range(self._ranks)]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in [*self._world, *([self._single] if self._single else [])]:
             process.kill() if kind else process.stdin.close()  # type: ignore[union-attr]
             process.wait()

@@ -67,9 +67,7 @@ def _on(
             yield _planned(ranks, inner, scheme, layout, name, base, call)
 
 
-def _planned(
-    ranks: int, inner: int, scheme: str, layout: str, name: str, base: SequenceContext, call: Call
-) -> Planned:
+def _planned(ranks: int, inner: int, scheme: str, layout: str, name: str, base: SequenceContext, call: Call) -> Planned:
     most = crossing = 0
     for rank in sorted({*range(0, ranks, -(-ranks // _LOOKED_AT)), ranks - 1}):
         context = base.seen_from(folded(rank, ranks, inner), scheme)
@@ -95,7 +93,9 @@ def _hops(context: SequenceContext, call: Call) -> int:
 
 def table(rows: list[Planned]) -> list[str]:
     """The rows as lines of text."""
-    lines = ["| ranks | documents | layout | scheme | MB sent per rank | of these between nodes | hops | max/mean work |"]
+    lines = [
+        "| ranks | documents | layout | scheme | MB sent per rank | of these between nodes | hops | max/mean work |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         lines.append(

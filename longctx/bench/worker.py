@@ -18,7 +18,7 @@ from longctx.runtime.mesh import Group, alone, build_mesh
 
 @dataclass(frozen=True)
 class Post:
-    """Place of a process: a world of ``world`` ranks that meets in the file ``store``, each with ``threads`` threads."""
+    """Place of a process in a world of ``world`` ranks of ``threads`` threads each that meets in the file ``store``."""
 
     rank: int
     world: int

@@ -55,4 +55,4 @@ def _runs(tokens: Ints) -> tuple[Run, ...]:
     if not len(tokens):
         return ()
     cuts = np.flatnonzero(np.diff(tokens) != 1) + 1
-    return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(tokens, cuts))
+    return tuple(Run(int(part[0]), int(part[-1]) + 1) for part in np.split(tokens, cuts))

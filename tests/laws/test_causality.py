@@ -10,6 +10,8 @@ from law_models import VOCABULARY, Decoder, logits_of, random_tokens
 from pool import Pool
 from torch import Tensor
 
+from longctx.sequence.layout import LAYOUTS
+
 
 def document_end(starts: tuple[int, ...], token: int, length: int) -> int:
     return min((start for start in starts if start > token), default=length)
@@ -27,7 +29,7 @@ def random_decoder(rng: random.Random) -> Decoder:
     return Decoder(
         length,
         random_documents(rng, 2, length),
-        rng.choice(["zigzag", "contiguous"]),
+        rng.choice(sorted(LAYOUTS)),
         rng.choice([torch.float64, torch.float32]),
         rng.randrange(1000),
         rng.choice([None, 4]),

@@ -12,6 +12,7 @@ from pool import Pool
 from torch import Tensor
 
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import AttentionPlan
 
 CHANGES = ("other", "nan", "inf")
@@ -110,7 +111,7 @@ def test_the_decoder_isolates_documents(pool: Pool, seed: int, dtype: torch.dtyp
         for _ in range(4):
             length = rng.choice([2, 7, 19, 32, 41])
             documents = tuple(tuple(sorted({0, *rng.sample(range(length), 2)})) for _ in range(2))
-            layout, window = rng.choice(["zigzag", "contiguous"]), rng.choice([None, 5])
+            layout, window = rng.choice(sorted(LAYOUTS)), rng.choice([None, 5])
             decoder = Decoder(length, documents, layout, dtype, rng.randrange(1000), window)
             document = random_document(rng, documents, length)
             plain = random_tokens(decoder, rng.randrange(2**31))

@@ -18,6 +18,7 @@ from longctx.attention.traffic import Call, planned_passes, planned_traffic
 from longctx.runtime.mesh import folded
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import AttentionPlan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -183,7 +184,7 @@ def test_without_grouped_heads_queries_travel_in_half_precision(pool: Pool) -> N
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_a_step_of_the_decoder_costs_its_layers_and_nothing_else(pool: Pool, layout: str, recompute: bool) -> None:
     decoder = Decoder(29, ((0,), (0, 11)), layout, torch.float32, window=4)
     for world in (2, 3):
