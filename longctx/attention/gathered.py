@@ -26,13 +26,13 @@ class GatheredCall:
 
 
 class GatheredAttention(torch.autograd.Function):
-    """q_NHE, own k and v, sink_H -> out_NHE. Saves the gathered keys and values, so nothing is gathered twice."""
+    """q_NHE, own k and v, sink_H -> out_NHE, lse_NH. Keeps the gathered keys and values: nothing is gathered twice."""
 
     @staticmethod
     def forward(
         ctx: Any, q_NHE: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_H: torch.Tensor | None,
         call: GatheredCall,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         kv_M2KE = call.rows.gather(torch.stack((k, v), dim=1))
         partial = Partial.empty(q_NHE)
         partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
@@ -40,12 +40,13 @@ class GatheredAttention(torch.autograd.Function):
             add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
         out_NHE = partial.out_NHE.to(q_NHE.dtype)
         ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, partial.lse_NH)
+        ctx.mark_non_differentiable(partial.lse_NH)
         ctx.call = call
-        return out_NHE
+        return out_NHE, partial.lse_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: GatheredCall = ctx.call
         q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
         dsink_H = None

@@ -66,13 +66,13 @@ class Schedules:
 
 
 class RingAttention(torch.autograd.Function):
-    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE. Saves them, out and lse."""
+    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE, lse_NH. Saves all of them; lse takes no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, sink_H: torch.Tensor | None,
         call: RingCall,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         partial = Partial.empty(q_NHE)
         for _, source, kv in _blocks(k_MKE, v_MKE, call):
             if kv is None:
@@ -82,12 +82,13 @@ class RingAttention(torch.autograd.Function):
             add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
         out_NHE = partial.out_NHE.to(q_NHE.dtype)
         ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, out_NHE, partial.lse_NH)
+        ctx.mark_non_differentiable(partial.lse_NH)
         ctx.call = call
-        return out_NHE
+        return out_NHE, partial.lse_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
         dsink_H = None

@@ -26,29 +26,34 @@ from longctx.sequence.plan import AttentionPlan
 
 @dataclass(frozen=True)
 class Request:
-    """One attention call without its tensors."""
+    """One attention call without its tensors; ``return_lse``: whether the log-sum-exp is asked for."""
 
     context: SequenceContext
     causal: bool
     window: int | None
     kernel: Kernel
     scoring: Scoring
+    return_lse: bool = False
 
 
-def ring(operands: Operands, request: Request) -> Tensor:
+Result = tuple[Tensor, Tensor | None]
+"""out_BTHE and lse_BTH."""
+
+
+def ring(operands: Operands, request: Request) -> Result:
     """Keys and values travel around all ranks."""
     context = request.context
     return _ring(operands, request, context.plan(request.causal, request.window), context.group, None)
 
 
-def double_ring(operands: Operands, request: Request) -> Tensor:
+def double_ring(operands: Operands, request: Request) -> Result:
     """A ring inside every inner group, whose first blocks cross to the next group meanwhile (arXiv 2406.18485)."""
     context = request.context
     width = inner_and_outer(context)[0].size
     return _ring(operands, request, context.plan(request.causal, request.window), context.group, width)
 
 
-def exchange(operands: Operands, request: Request) -> Tensor:
+def exchange(operands: Operands, request: Request) -> Result:
     """Tokens for heads inside the inner group (``ulysses``: over all ranks), a ring over the outer one."""
     context = request.context
     inner, outer = inner_and_outer(context)
@@ -58,10 +63,11 @@ def exchange(operands: Operands, request: Request) -> Tensor:
     return exchanged(
         lambda q, k, v, sink: _ring((q, k, v, sink), request, plan, outer, None),
         operands, transposition(context, inner, share), share, joined.order[number], joined.back[number],
+        request.return_lse,
     )  # fmt: skip
 
 
-def allgather(operands: Operands, request: Request) -> Tensor:
+def allgather(operands: Operands, request: Request) -> Result:
     """All keys and values on every rank."""
     context, causal, window = request.context, request.causal, request.window
     keys = contiguous(context.length, 1)
@@ -73,12 +79,12 @@ def allgather(operands: Operands, request: Request) -> Tensor:
     return _flat(operands, lambda q, k, v, sink: GatheredAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
 
 
-SCHEMES: Mapping[str, Callable[[Operands, Request], Tensor]] = MappingProxyType(
+SCHEMES: Mapping[str, Callable[[Operands, Request], Result]] = MappingProxyType(
     {"ring": ring, "ulysses": exchange, "hybrid": exchange, "double_ring": double_ring, "allgather": allgather}
 )
 
 
-def scheme_of(request: Request) -> Callable[[Operands, Request], Tensor]:
+def scheme_of(request: Request, operands: Operands) -> Callable[[Operands, Request], Result]:
     """The function of the context's scheme; on one rank and while decoding there is nothing to move.
 
     Raises:
@@ -138,7 +144,9 @@ def schedules_of(context: SequenceContext, plan: AttentionPlan, width: int | Non
     return schedules
 
 
-def _ring(operands: Operands, request: Request, plan: AttentionPlan, group: Group, width: int | None) -> Tensor:
+def _ring(
+    operands: Operands, request: Request, plan: AttentionPlan, group: Group, width: int | None
+) -> tuple[Tensor, Tensor]:
     q_BTHE, k_BTKE = operands[:2]
     context = request.context
     schedules = schedules_of(context, plan, width)
@@ -150,8 +158,9 @@ def _ring(operands: Operands, request: Request, plan: AttentionPlan, group: Grou
     return _flat(operands, lambda q, k, v, sink: RingAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
 
 
-def _flat(operands: Operands, attend: Callable[..., Tensor]) -> Tensor:
+def _flat(operands: Operands, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention of flattened batch x token rows."""
     q_BTHE, k_BTKE, v_BTKE, sink_H = operands
     q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-    return attend(q_NHE, k_MKE, v_MKE, sink_H).view(q_BTHE.shape)
+    out_NHE, lse_NH = attend(q_NHE, k_MKE, v_MKE, sink_H)
+    return out_NHE.view(q_BTHE.shape), lse_NH.view(q_BTHE.shape[:3])

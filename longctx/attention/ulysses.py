@@ -24,9 +24,9 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Attend(Protocol):
-    """Attention over the inner group's tokens, for some of the heads: [B, U, H, E]."""
+    """Attention over the inner group's tokens, for some of the heads: [B, U, H, E] and its log-sum-exp [B, U, H]."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def _index(start: int, stop: int, group: int) -> tuple[int, ...]:
 
 def exchanged(
     attend: Attend, operands: Operands, plan: Transposition, share: HeadShare,
-    order: npt.NDArray[np.int64] | None, back: npt.NDArray[np.int64] | None,
-) -> Tensor:  # fmt: skip
-    """Attention output [B, T, H, E] of this rank's tokens.
+    order: npt.NDArray[np.int64] | None, back: npt.NDArray[np.int64] | None, return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention output [B, T, H, E] of this rank's tokens, and the log-sum-exp [B, T, H] where it is asked for.
 
     Args:
         order: the n-th token for ``attend`` is the order[n]-th of the group's tokens rank after rank; ``back`` is its
@@ -71,12 +71,19 @@ def exchanged(
     own = slice(*share.queries[plan.group.rank])
     if not q_BUHE.shape[2]:
         # No head is left for this rank, but its share of the exchange, and the sink, must stay in the graph.
-        return plan.to_tokens(q_BUHE if sink_H is None else q_BUHE + sink_H[own, None])
+        out_BUHE = q_BUHE if sink_H is None else q_BUHE + sink_H[own, None]
+        return plan.to_tokens(out_BUHE), _lse_to_tokens(q_BUHE[..., 0].detach(), plan) if return_lse else None
     index = share.index[plan.group.rank]
     if index != tuple(range(k_BUKE.shape[2])):
         k_BUKE, v_BUKE = (_arranged(t, 2, np.array(index)) for t in (k_BUKE, v_BUKE))
-    out_BUHE = attend(q_BUHE, k_BUKE, v_BUKE, None if sink_H is None else sink_H[own])
-    return plan.to_tokens(_arranged(out_BUHE, 1, back))
+    out_BUHE, lse_BUH = attend(q_BUHE, k_BUKE, v_BUKE, None if sink_H is None else sink_H[own])
+    out_BTHE = plan.to_tokens(_arranged(out_BUHE, 1, back))
+    return out_BTHE, _lse_to_tokens(_arranged(lse_BUH, 1, back), plan) if return_lse else None
+
+
+def _lse_to_tokens(lse_BUH: Tensor, plan: Transposition) -> Tensor:
+    wide = lse_BUH.to(torch.promote_types(lse_BUH.dtype, torch.float32))
+    return plan.to_tokens(wide[..., None])[..., 0]
 
 
 def _arranged(x: Tensor, dimension: int, order: npt.NDArray[np.int64] | None) -> Tensor:

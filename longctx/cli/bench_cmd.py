@@ -90,7 +90,8 @@ def _shape(args: argparse.Namespace) -> "Shape":
 
     names = ("length", "heads", "kv_heads", "head_dim")
     numbers = [whole_number(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
-    shape = Shape(*numbers, whole_number("--seed", args.seed, 0))
+    length, heads, kv_heads, head_dim = numbers
+    shape = Shape(length, heads, kv_heads, head_dim, whole_number("--seed", args.seed, 0))
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"--heads {shape.heads} is not a multiple of --kv-heads {shape.kv_heads}; change one of them")
     return shape
