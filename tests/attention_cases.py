@@ -3,6 +3,7 @@
 Legend: B batch, S global tokens, T local tokens, H query heads, K kv heads, E head dim.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from varlen_cases import NAIVE_VARLEN
 
-from longctx.attention import attention
+from longctx.attention import attention, attention_and_lse
 from longctx.attention.kernels import CPU_FLASH, NAIVE
+from longctx.attention.schemes import SCHEMES
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS
+from longctx.sequence.layout import LAYOUTS, Layout
 from longctx.sequence.plan import Documents
 
 KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLASH, "varlen": NAIVE_VARLEN}
@@ -26,7 +28,7 @@ KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLA
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call over whole sequences."""
+    """One attention call over whole sequences; ``inner``: ranks of an inner group, where the world has such groups."""
 
     length: int
     documents: Documents = ((0,),)
@@ -40,6 +42,8 @@ class Problem:
     sink: bool = False
     softcap: float | None = None
     scheme: str = "ring"
+    inner: int = 2
+    empty_rank: bool = False
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -58,11 +62,13 @@ class Answer:
     dk: Tensor
     dv: Tensor
     dsink: Tensor | None = None
+    lse: Tensor | None = None
     transfers: tuple[tuple[Transfer, ...], ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv}
-        return found if self.dsink is None else {**found, "dsink": self.dsink}
+        more = {"lse": self.lse, "dsink": self.dsink}
+        return {**found, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
 
 def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
@@ -75,7 +81,7 @@ def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
 
 
 def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
-    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, both layouts."""
+    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, every layout."""
     length = rng.choice([1, 2, 3, 4, 5, 7, 11, 16, 23, 31, 47])
     kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 4, 7, 16])
     return Problem(
@@ -84,12 +90,14 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         kv_heads * rng.choice([1, 2, 3]),
         kv_heads,
         head_dim,
-        rng.choice(["zigzag", "contiguous"]),
+        rng.choice(sorted(LAYOUTS)),
         rng.random() < 0.7,
         rng.choice([None, None, 1, 2, 3, 8, length]),
         rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
         rng.random() < 0.4,
         rng.choice([None, 6.0]) if kernel in ("naive", "tiled") else None,
+        rng.choice(sorted(SCHEMES)),
+        rng.choice([1, 2, 3, 4]),
         kernel=kernel,
         seed=rng.randrange(2**31),
     )
@@ -154,7 +162,21 @@ def oracle(problem: Problem) -> Answer:
     masks = [visible(starts, problem.length, problem.causal, problem.window) for starts in problem.documents]
     scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     out = dense(*leaves, torch.from_numpy(np.stack(masks)), scale, sink, problem.softcap)
-    return Answer(out.detach(), *_gradients(out, leaves, sink, dout))
+    gradients = _gradients(out, leaves, sink, dout)
+    return Answer(out.detach(), *gradients[:3], gradients[3] if sink is not None else None, dense_lse(problem))
+
+
+def dense_lse(problem: Problem) -> Tensor:
+    """Log-sum-exp [B, S, H] of every row's scores, from their definition."""
+    q, k, *_ = (t.double() for t in inputs(problem))
+    sink = sink_of(problem)
+    masks = [visible(starts, problem.length, problem.causal, problem.window) for starts in problem.documents]
+    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k.repeat_interleave(problem.heads // problem.kv_heads, 2)) * scale
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    lse = scores.masked_fill(~torch.from_numpy(np.stack(masks))[:, None], float("-inf")).logsumexp(-1)
+    return (lse if sink is None else torch.logaddexp(lse, sink.double()[None, :, None])).transpose(1, 2)
 
 
 def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Tensor) -> list[Tensor]:
@@ -163,8 +185,16 @@ def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Ten
 
 
 def context_of(problem: Problem, group: Group, ledger: Ledger | None = None) -> SequenceContext:
-    layout = LAYOUTS[problem.layout](problem.length, group.size)
+    layout = layout_of(problem, group.size)
     return SequenceContext(group, layout, problem.documents, scheme=problem.scheme, ledger=ledger)
+
+
+def layout_of(problem: Problem, degree: int) -> Layout:
+    """The layout by name; with ``empty_rank`` one of fewer ranks, and the second rank has no token."""
+    if not problem.empty_rank or degree == 1:
+        return LAYOUTS[problem.layout](problem.length, degree, problem.documents)
+    runs = LAYOUTS[problem.layout](problem.length, degree - 1, problem.documents).runs
+    return Layout(problem.length, (*runs[:1], (), *runs[1:]))
 
 
 def options_of(problem: Problem) -> dict[str, Any]:
@@ -184,32 +214,49 @@ def run_here(problem: Problem, context: SequenceContext, whole: Sequence[Tensor]
     return [out.detach(), *_gradients(out, leaves, sink, dout)]
 
 
-def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[Transfer]]]:
-    """On every rank of a world: its share of every answer, and its transfers."""
-    import torch.distributed as dist
+def lse_here(problem: Problem, context: SequenceContext) -> Tensor:
+    """Log-sum-exp of this rank's tokens."""
+    q, k, v, _ = (context.shard(t) for t in inputs(problem))
+    return attention_and_lse(q, k, v, replace(context, ledger=None), **options_of(problem))[1]
 
-    group = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
+
+def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[Transfer]]]:
+    """On every rank of a world: its share of every answer (log-sum-exp fifth), and its transfers."""
     found = []
-    for problem in problems:
+    for problem, group in zip(problems, groups_of(problems), strict=True):
         ledger = Ledger()
-        found.append((run_here(problem, context_of(problem, group, ledger)), ledger.transfers))
+        context = context_of(problem, group, ledger)
+        parts = run_here(problem, context)
+        found.append(([*parts[:4], lse_here(problem, context), *parts[4:]], ledger.transfers))
     return found
 
 
-def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
+def groups_of(problems: Sequence[Problem]) -> list[Group]:
+    """All ranks of this world as one sequence group, with the inner groups each problem wants; collective."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return [alone().sequence] * len(problems)
+    inners = [math.gcd(problem.inner, size) for problem in problems]
+    groups = {inner: build_mesh(size, torch.device("cpu"), 60, inner).sequence for inner in sorted(set(inners))}
+    return [groups[inner] for inner in inners]
+
+
+def solve(pool: Any, world: int, problems: Sequence[Problem], limit_s: float = 60) -> list[Answer]:
     """Answers of ``world`` ranks, put back into global order here, independently of ``SequenceContext.unshard``."""
     if world == 1:
-        ranks = [[(run_here(p, context_of(p, alone().sequence)), []) for p in problems]]
+        ranks = [run_all_here(problems)]
     else:
-        ranks = pool.run(run_all_here, world, list(problems))
+        ranks = pool.run(run_all_here, world, list(problems), limit_s=limit_s)
     answers = []
     for number, problem in enumerate(problems):
         parts = [rank[number][0] for rank in ranks]
-        layout = LAYOUTS[problem.layout](problem.length, world)
+        layout = layout_of(problem, world)
         order = torch.from_numpy(np.concatenate([layout.indices(rank) for rank in range(world)]))
-        whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(4)]
-        dsink = torch.stack([part[4] for part in parts]).sum(0) if problem.sink else None
-        answers.append(Answer(*whole, dsink, transfers=tuple(tuple(rank[number][1]) for rank in ranks)))
+        whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(5)]
+        dsink = torch.stack([part[5] for part in parts]).sum(0) if problem.sink else None
+        answers.append(Answer(*whole[:4], dsink, whole[4], transfers=tuple(tuple(rank[number][1]) for rank in ranks)))
     return answers
 
 

@@ -1,5 +1,5 @@
 """Exact softmax attention over any number of ranks."""
 
-from longctx.attention.api import attention
+from longctx.attention.api import attention, attention_and_lse
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_and_lse"]

@@ -7,7 +7,7 @@ import torch
 
 from longctx.attention.kept import attend_once
 from longctx.attention.kernels import Kernel, Scoring, choose_kernel
-from longctx.attention.ring import RingAttention, RingCall
+from longctx.attention.schemes import Request, scheme_of
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
 
@@ -19,11 +19,14 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """Exact softmax attention of this rank's queries over the keys of all ranks; documents never see each other.
 
+    How keys and queries move over the ranks is ``context.scheme``; the result does not depend on it.
+
     Args:
         q_BTHE: this rank's queries.
         k_BTKE, v_BTKE: this rank's keys and values; when decoding (``context.past > 0``) all past and new ones.
-        window: tokens a query sees, itself included; None for no limit.
-        sink_H: one learned logit per head that every query also sees and whose value is zero (gpt-oss).
+        window: tokens a query sees, itself included (to either side if not causal); None for no limit.
+        sink_H: one learned logit per head that every query also sees and whose value is zero (gpt-oss). Its gradient
+            is of this rank's queries.
         scale: factor of the scores; default E ** -0.5.
         softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
         dropout: refused unless 0.
@@ -33,43 +36,76 @@ def attention(
         out_BTHE in the dtype of q. Accumulates in fp32 (fp64 for fp64).
 
     Raises:
-        UnsupportedError: dropout; head counts or sizes, windows, dtypes or devices that no kernel takes.
+        UnsupportedError: dropout; head counts or sizes, windows, dtypes or devices that no kernel takes; a scheme that
+            is unknown or whose groups of ranks the mesh lacks.
         ValueError: shapes that do not fit the context.
     """
-    batch, rows, heads, head_dim = q_BTHE.shape
-    if window is not None and window < 1:
-        raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
+    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel)
+    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
+    scheme = scheme_of(request, operands)
+    if context.kept is None:
+        return scheme(operands, request)[0]
+    return attend_once(lambda *tensors: scheme(tensors, request)[0], operands, context.kept)
+
+
+def attention_and_lse(
+    q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, context: SequenceContext, *, causal: bool = True,
+    window: int | None = None, sink_H: torch.Tensor | None = None, scale: float | None = None,
+    softcap: float | None = None, dropout: float = 0.0, kernel: Kernel | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """:func:`attention` and the log-sum-exp of every row's scores, sink included.
+
+    Returns:
+        out_BTHE as above, and lse_BTH in fp32 (fp64 for fp64), through which no gradient flows.
+
+    Raises:
+        UnsupportedError: as above, or inside a recomputed region, which keeps outputs only.
+        ValueError: as above.
+    """
+    if context.kept is not None:
+        raise UnsupportedError("the log-sum-exp is not kept in a recomputed region; ask for it outside of one")
+    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel, return_lse=True)
+    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
+    out_BTHE, lse_BTH = scheme_of(request, operands)(operands, request)
+    assert lse_BTH is not None
+    return out_BTHE, lse_BTH
+
+
+def _request(
+    q_BTHE: torch.Tensor, context: SequenceContext, causal: bool, window: int | None, scale: float | None,
+    softcap: float | None, dropout: float, kernel: Kernel | None, return_lse: bool = False,
+) -> Request:  # fmt: skip
     if dropout:
         raise UnsupportedError(
             f"attention dropout = {dropout} is not supported; use 0, or dropout on the residual path"
         )
     if softcap is not None and softcap <= 0:
         raise UnsupportedError(f"softcap = {softcap}; use a positive cap or None")
+    head_dim = q_BTHE.shape[3]
+    kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype, softcap)
+    kernel.check(q_BTHE.dtype, head_dim, softcap)
+    scoring = Scoring(head_dim**-0.5 if scale is None else scale, softcap)
+    return Request(context, causal, window, kernel, scoring, return_lse)
+
+
+def _check(
+    q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, sink_H: torch.Tensor | None,
+    context: SequenceContext, causal: bool, window: int | None,
+) -> None:  # fmt: skip
+    batch, rows, heads, _ = q_BTHE.shape
+    if window is not None and window < 1:
+        raise UnsupportedError(f"window = {window}; a query sees at least itself, use window >= 1 or None")
     _check_tensors(q_BTHE, k_BTKE, v_BTKE)
     if sink_H is not None and sink_H.shape != (heads,):
         raise ValueError(f"sink_H of shape {tuple(sink_H.shape)} for {heads} query heads; give one logit per head")
-    plan = context.plan(causal, window)
-    keys = plan.keys.sizes[context.rank]
+    keys = context.plan(causal, window).keys.sizes[context.rank]
     if (batch, rows) != (context.batch, context.local_length) or k_BTKE.shape[:2] != (batch, keys):
         raise ValueError(
             f"queries {tuple(q_BTHE.shape)} and keys {tuple(k_BTKE.shape)} do not fit a context of {context.batch} x "
             f"{context.local_length} local queries and {keys} local keys"
         )
-    kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype, softcap)
-    kernel.check(q_BTHE.dtype, head_dim, softcap)
-    scoring = Scoring(head_dim**-0.5 if scale is None else scale, softcap)
-    call = RingCall(plan, context.group, context.ledger, kernel, scoring)
-
-    def attend(
-        q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, sink_H: torch.Tensor | None
-    ) -> torch.Tensor:
-        q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-        out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, sink_H, call)  # type: ignore[no-untyped-call]
-        return out_NHE.view(batch, rows, heads, head_dim)
-
-    if context.kept is not None:
-        return attend_once(attend, (q_BTHE, k_BTKE, v_BTKE, sink_H), context.kept)
-    return attend(q_BTHE, k_BTKE, v_BTKE, sink_H)
 
 
 def _check_tensors(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> None:

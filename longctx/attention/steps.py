@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from longctx.attention.kernels import Kernel, Segments
-from longctx.sequence.plan import Mask, Slice, Slices
+from longctx.sequence.slices import Mask, Slice, Slices
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -1,1 +1,1 @@
-"""Measurements: results as tables and JSON."""
+"""Side-by-side measurements: ratios of medians, measured in turns; results as a table and JSON."""
