@@ -56,11 +56,12 @@ def gradients(
 ) -> torch.Tensor:  # fmt: skip
     """Add this block's share to ``dq_NHE`` and return its dk and dv, stacked [M, 2, K, E], in the wide dtype."""
     dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=dq_NHE.dtype, device=dq_NHE.device)
+    dk_MKE, dv_MKE = dkv_M2KE.unbind(1)
     for step in steps_of(slices, kernel):
         dq, dk, dv = _backward(kernel, step, dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, scoring)
         step.rows.add_(dq_NHE, dq)
-        step.columns.add_(dkv_M2KE[:, 0], dk)
-        step.columns.add_(dkv_M2KE[:, 1], dv)
+        step.columns.add_(dk_MKE, dk)
+        step.columns.add_(dv_MKE, dv)
     return dkv_M2KE
 
 

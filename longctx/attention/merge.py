@@ -1,6 +1,7 @@
 """Joining partial attention results over disjoint sets of keys: associative, commutative, safe at -inf.
 
-``n = logaddexp(a, b)``, weights ``exp(a - d)`` with ``d = n`` where any key was seen and finite where none was.
+``n = logaddexp(a, b)``; the weight of b is ``exp(b - n) = sigmoid(b - a)``, that of a the rest. Where neither saw a key
+both outputs are 0 and any weight will do.
 """
 
 import torch
@@ -8,11 +9,10 @@ import torch
 
 def merge_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, part_NHE: torch.Tensor, part_lse_NH: torch.Tensor) -> None:
     """Merge a partial result into the accumulators in place; accumulators are fp32 or fp64."""
-    joint_NH = torch.logaddexp(lse_NH, part_lse_NH)
-    divisor_NH = _finite(joint_NH)
-    out_NHE.mul_(torch.exp(lse_NH - divisor_NH)[..., None])
-    out_NHE.addcmul_(part_NHE.to(out_NHE.dtype), torch.exp(part_lse_NH - divisor_NH)[..., None])
-    lse_NH.copy_(joint_NH)
+    # Two weights that sum to one: one pass over the outputs interpolates between them.
+    weight_NH = torch.sigmoid(_finite(part_lse_NH) - _finite(lse_NH))
+    out_NHE.lerp_(part_NHE.to(out_NHE.dtype), weight_NH[..., None])
+    torch.logaddexp(lse_NH, part_lse_NH, out=lse_NH)
 
 
 def add_sink_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor) -> None:
@@ -32,6 +32,6 @@ def sink_gradient(
     return -(weight_NH * delta_NH).sum(0)
 
 
-def _finite(lse_NH: torch.Tensor) -> torch.Tensor:
-    """-inf, where every weight is 0 whatever it is divided by, becomes the lowest number; one pass over the rows."""
-    return lse_NH.clamp_min(torch.finfo(lse_NH.dtype).min)
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """Half the lowest number instead of -inf, so that differences stay numbers."""
+    return lse.clamp_min(torch.finfo(lse.dtype).min / 2)

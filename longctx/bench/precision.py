@@ -7,12 +7,13 @@ Legend: S tokens, H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longctx.attention.kernels import NAIVE, Kernel, Scoring
+from longctx.attention.kernels import CPU_FLASH, NAIVE, Kernel, Scoring
 from longctx.bench.virtual_ring import VirtualRing, cut, joined
 from longctx.sequence.layout import zigzag
 from longctx.sequence.plan import AttentionPlan, Mask
@@ -65,11 +66,19 @@ def error_growth(
     return rows
 
 
-def growth_table(rows: Sequence[Growth]) -> str:
-    """One line per ring size."""
-    lines = ["ranks " + " ".join(f"{part:>6}" for part in PARTS)]
-    lines += [f"{row.ranks:>5} " + " ".join(f"{getattr(row, part):6.3f}" for part in PARTS) for row in rows]
-    return "\n".join(lines)
+def error_curve(
+    kernels: Sequence[Kernel] = (CPU_FLASH, NAIVE), sizes: Sequence[int] = RING_SIZES
+) -> list[dict[str, Any]]:
+    """:func:`error_growth` of several kernels on the CPU as plain values: kernel, ranks, out, dq, dk, dv."""
+    return [{"kernel": kernel.name, **asdict(row)} for kernel in kernels for row in error_growth(kernel, sizes)]
+
+
+def table(curve: Sequence[dict[str, Any]]) -> list[str]:
+    """The curve as lines of text: bf16 error over that of one call."""
+    lines = ["| kernel | ranks | " + " | ".join(PARTS) + " |", "|---|---:|" + "---:|" * len(PARTS)]
+    for row in curve:
+        lines.append(f"| {row['kernel']} | {row['ranks']} | " + " | ".join(f"{row[p]:.3f}" for p in PARTS) + " |")
+    return lines
 
 
 def _ring(

@@ -182,7 +182,7 @@ def test_nothing_to_attend_leaves_zero_and_minus_infinity() -> None:
 
 
 def extra_bytes(kernel: Kernel, length: int, backward: bool) -> int:
-    """Peak bytes beside the operands (q, k, v; backward: dout) and results (out, lse; backward: dq, dk, dv)."""
+    """Peak bytes beside the operands (q, k, v; backward: dout, dlse) and results (out, lse; backward: dq, dk, dv)."""
     context, watch = SequenceContext.single(1, length), LiveBytes()
     context.plan()
     with watch:
@@ -191,7 +191,7 @@ def extra_bytes(kernel: Kernel, length: int, backward: bool) -> int:
         if backward:
             torch.autograd.grad(out, (q, k, v), torch.randn(1, length, 2, 8))
     queries, keys, lse = 2 * 8, 2 * 8, 2
-    numbers = 4 * queries + 2 * keys + lse if backward else 2 * queries + keys + lse
+    numbers = 4 * queries + 2 * keys + 2 * lse if backward else 2 * queries + keys + lse
     return watch.peak - 4 * length * numbers
 
 

@@ -4,7 +4,7 @@ import pytest
 from varlen_cases import FLASH_VARLEN, NAIVE_VARLEN
 
 from longctx.attention.kernels import CPU_FLASH, NAIVE, Kernel
-from longctx.bench.precision import RING_SIZES, error_growth, growth_table
+from longctx.bench.precision import RING_SIZES, error_curve, error_growth, table
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from longctx.bench.precision import RING_SIZES, error_growth, growth_table
 def test_error_stays_within_its_bound_at_every_ring_size(kernel: Kernel, bound: float, seed: int) -> None:
     rows = error_growth(kernel, (1, 2, 8, 32), length=384, heads=2, kv_heads=1, seed=seed)
     assert [row.ranks for row in rows] == [1, 2, 8, 32]
-    assert max(row.worst for row in rows) <= bound, growth_table(rows)
+    assert max(row.worst for row in rows) <= bound, rows
 
 
 @pytest.mark.tier2
@@ -26,9 +26,8 @@ def test_the_published_curve(kernel: Kernel, bound: float, seed: int) -> None:
     assert [row.ranks for row in rows] == list(RING_SIZES) and max(row.worst for row in rows) <= bound
 
 
-def test_the_table_has_a_line_per_size() -> None:
-    lines = growth_table(error_growth(CPU_FLASH, (1, 4), length=64, heads=1, kv_heads=1, head_dim=8)).splitlines()
-    assert lines[0].split() == ["ranks", "out", "dq", "dk", "dv"] and [line.split()[0] for line in lines[1:]] == [
-        "1",
-        "4",
-    ]
+def test_the_curve_is_plain_values_and_a_line_each() -> None:
+    curve = error_curve((CPU_FLASH,), (1, 2))
+    assert [list(row) for row in curve] == [["kernel", "ranks", "out", "dq", "dk", "dv"]] * 2
+    lines = table(curve)
+    assert len(lines) == 4 and lines[3].startswith("| cpu_flash | 2 | 1.")

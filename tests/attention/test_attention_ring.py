@@ -65,7 +65,7 @@ def test_narrow_dtypes_stay_close_and_do_not_lose_with_more_ranks(pool: Pool, dt
     problem = Problem(97, ((0, 40), (0,)), 4, 2, 16, dtype=dtype)
     for world in (1, 2, 4):
         (found,) = solve(pool, world, [problem])
-        assert {t.dtype for t in found.tensors().values()} == {dtype}
+        assert {t.dtype for name, t in found.tensors().items() if name != "lse"} == {dtype}
         assert max(worst(found, oracle(problem)).values()) < bound, world
 
 
