@@ -192,7 +192,18 @@ class Sequence(Section):
     layout: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
         "zigzag", description="which tokens a rank holds; balanced follows the documents of each micro-batch"
     )
-    scheme: Literal["ring"] = "ring"
+    scheme: Literal["ring", "ulysses", "hybrid", "double_ring", "allgather", "auto"] = Field(
+        "ring", description="how attention moves over the ranks; auto: the fastest by a model of bytes and balance"
+    )
+    inner: PositiveInt | None = Field(
+        None, description="ranks of an inner group, for hybrid, double_ring and auto; default: those that share a node"
+    )
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        if self.scheme in ("hybrid", "double_ring", "auto"):
+            return {}
+        return {"inner": f"scheme {self.scheme} has no inner groups; of use to hybrid, double_ring and auto"}
 
 
 class Schedule(Section):
