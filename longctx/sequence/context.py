@@ -94,6 +94,12 @@ class SequenceContext:
         layout = Layout(self.length + new, (((self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
+    def keeping(self) -> "SequenceContext":
+        """This context for one recomputed region; what was computed for it is shared."""
+        region = replace(self, kept=Kept())
+        object.__setattr__(region, "_made", self._made)
+        return region
+
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
         """The attention plan of these tokens over this context's keys, computed once."""
         key = ("plan", causal, window)
