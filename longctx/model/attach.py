@@ -28,7 +28,7 @@ _FIRST_INPUT = {"input_ids", "inputs_embeds"}
 
 
 def attach(model: ModelT, *, recompute: bool = False) -> ModelT:
-    """Let a causal language model of transformers attend through longctx; afterwards call ``model(..., longctx=context)``.
+    """Let a causal language model of transformers attend through longctx; then call ``model(..., longctx=context)``.
 
     ``position_ids`` and an empty attention mask follow from the context. The model is returned, of its own class; if it
     is refused it is left as it was. A probe of a few tokens runs on this rank alone.
@@ -172,7 +172,9 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     context = getattr(function, "keywords", {}).get("longctx")
     if not isinstance(context, SequenceContext) or not isinstance(function, functools.partial):
-        raise UnsupportedError("a recomputed layer got no context; give the model one, as in model(..., longctx=context)")
+        raise UnsupportedError(
+            "a recomputed layer got no context; give the model one, as in model(..., longctx=context)"
+        )
     keywords = {**function.keywords, "longctx": context.keeping()}
     # Gradients pass a reentrant checkpoint through its positional tensors only, so those that need some become such.
     leaves, structure = tree_flatten((args, keywords))

@@ -26,11 +26,19 @@ _BESIDE_THE_POINT = {"position_ids", "cache_position", "position_embeddings", "c
 _FARTHEST = 2**24
 
 
+class MissingContextError(UnsupportedError):
+    """Attention was called and nothing told it about the sequence."""
+
+
 @dataclass(frozen=True)
 class PlannedMask:
-    """Causal attention inside each document; ``window`` is the number of tokens a query sees, None for all."""
+    """Causal attention inside each document.
+
+    ``window`` is the number of tokens a query sees, None for all; ``fault`` says what was asked for instead, if it was.
+    """
 
     window: int | None
+    fault: str | None = None
 
 
 def register() -> None:
@@ -61,13 +69,17 @@ def attend(
     """
     where = type(module).__name__
     if longctx is None:
-        raise UnsupportedError(
+        raise MissingContextError(
             f"{where} was called without a context; give the model one, as in model(tokens, longctx=context)"
         )
     if not isinstance(attention_mask, PlannedMask):
         raise UnsupportedError(
             f"{where} attends under a mask that does not come from transformers' mask functions; "
             "documents and causality come from the context, other masks are not supported"
+        )
+    if attention_mask.fault is not None:
+        raise UnsupportedError(
+            f"{where} asks for {attention_mask.fault}; only causal attention with or without a window is supported"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
@@ -102,21 +114,15 @@ def plan_mask(
 ) -> PlannedMask:  # fmt: skip
     """transformers' mask function: check what is asked for, make nothing.
 
-    Raises:
-        UnsupportedError: a cache, or a mask other than causal or causal within a window of ``local_size``.
+    Models ask for masks that none of their layers uses, so what cannot be planned is refused where it is used.
     """
     if q_length != kv_length or q_offset or kv_offset:
-        raise UnsupportedError(
-            f"a mask of {q_length} queries over {kv_length} keys: caches are not supported; use use_cache=False"
-        )
+        return PlannedMask(None, f"a mask of {q_length} queries over {kv_length} keys, as with a cache")
     wrong = _disagreement(mask_function, local_size, torch.device(device), use_vmap)
-    if wrong is not None:
-        kind = "causal" if local_size is None else f"causal within {local_size} tokens"
-        raise UnsupportedError(
-            f"the model asks for an attention mask that is not {kind} ({wrong}), such as chunked, bidirectional or "
-            "prefix attention; only causal attention with or without a sliding window is supported"
-        )
-    return PlannedMask(local_size)
+    if wrong is None:
+        return PlannedMask(local_size)
+    kind = "causal" if local_size is None else f"causal within {local_size} tokens"
+    return PlannedMask(local_size, f"a mask that is not {kind} ({wrong}), as chunked or bidirectional attention does")
 
 
 def _disagreement(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import LongctxError, UnsupportedError, first_line
+from longctx.model.attach_attention import MissingContextError, PlannedMask
 from longctx.model.attach_rotary import length_dependent, length_of
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
@@ -93,7 +94,8 @@ def _check_order(model: nn.Module, tokens_BT: Tensor, found: Trace) -> None:
     context = WatchedContext(Group(0, (0,)), layout, ((0,),))
     moved = _run(model, context.shard(tokens_BT), context)
     order = [*range(LENGTH - CUT, LENGTH), *range(LENGTH - CUT)]
-    back = Trace(moved.names, *([[_select(t, order) for t in ts] for ts in side] for side in (moved.inputs, moved.outputs)))
+    inputs, outputs = ([[_select(t, order) for t in ts] for ts in side] for side in (moved.inputs, moved.outputs))
+    back = Trace(moved.names, inputs, outputs)
     what = "mixes tokens outside of attention, or takes their order from elsewhere than position_ids"
     _compare(model, found, back, slice(0, LENGTH), what)
 
@@ -126,9 +128,18 @@ def _call(model: nn.Module, tokens_BT: Tensor, **keywords: Any) -> None:
     """Run the model; whatever a model that is not made for this raises becomes one sentence."""
     try:
         model(tokens_BT, **keywords)
+    except MissingContextError:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not hand its keyword arguments down to attention, so the context cannot get "
+            "there; a version of it that passes **kwargs through its layers is needed"
+        ) from None
     except LongctxError:
         raise
     except Exception as error:
+        if PlannedMask.__name__ in str(error):
+            raise UnsupportedError(
+                f"{type(model).__name__} computes with its attention mask ({first_line(error)}); longctx makes no mask"
+            ) from error
         raise UnsupportedError(
             f"{type(model).__name__} cannot be called as model(input_ids, {', '.join(f'{k}=' for k in keywords)}): "
             f"{type(error).__name__}: {first_line(error)}"

@@ -267,8 +267,8 @@ def test_a_stored_config_has_no_more_problems_than_its_source(tmp_path: Path, ov
     ("changes", "says"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel, which is not supported; supported: Llama",
+            {"architectures": ["GPT2ForTokenClassification"]},
+            "architecture GPT2ForTokenClassification, which is not supported: it is no causal language model",
         ),
         ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba', which is not supported"),
         ({"architectures": None, "model_type": None}, "architecture None, which is not supported"),
