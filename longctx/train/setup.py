@@ -94,7 +94,7 @@ def _within_positions(model: Model, config: Config) -> Model:
     if limit is not None and limit < length:
         raise ConfigError(
             f"sequence.length = {length} is above the max_position_embeddings {limit} of the {model.architecture} in "
-            f"{config.model.from_hf}; raise it (and its rope parameters) in the config.json there, or shorten the sequence"
+            f"{config.model.from_hf}; raise it (and its rope parameters) in that config.json, or shorten the sequence"
         )
     return model
 
