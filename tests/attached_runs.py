@@ -75,7 +75,8 @@ def answer(run: Run, spoil: Callable[[], None] | None = None) -> Answer | str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # soft-capping is slow
         try:
-            model = longctx.attach(make(run), recompute=run.recompute).double().train()
+            # Training mode for recomputation only: some routers add noise in it.
+            model = longctx.attach(make(run), recompute=run.recompute).double().train(run.recompute)
         except LongctxError as error:
             return str(error)
         if spoil is not None:

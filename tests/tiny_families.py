@@ -23,11 +23,17 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers")
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """The default config of a family, tiny; ``changes`` are made last."""
+    """The default config of a family, tiny; ``changes`` are made last.
+
+    Raises:
+        ValueError: the family is made of several models, or its config refuses these sizes.
+    """
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
     default = kind().to_dict()
+    if any(isinstance(value, dict) for name, value in default.items() if name.endswith("_config")):
+        raise ValueError(f"{model_type} is made of several models")
     given = {name: value for name, value in SIZES.items() if default.get(name) is not None or name in changes}
     for name in _PER_LAYER:
         if isinstance(default.get(name), list):

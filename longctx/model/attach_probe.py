@@ -44,13 +44,20 @@ class WatchedContext(SequenceContext):
         return super().plan(causal, window)
 
 
+Call = tuple[str, int]
+"""Name of a module and which of its calls in one forward."""
+
+
 @dataclass
 class Trace:
-    """What the modules of one forward got and gave, in the order in which they finished."""
+    """What the module calls of one forward got and gave, in the order in which they ended."""
 
-    names: list[str] = field(default_factory=list)
-    inputs: list[list[Tensor]] = field(default_factory=list)
-    outputs: list[list[Tensor]] = field(default_factory=list)
+    inputs: dict[Call, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[Call, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        call = (name, sum(known == name for known, _ in self.outputs))
+        self.inputs[call], self.outputs[call] = inputs, outputs
 
 
 def probe(model: nn.Module, original: str, switch: Callable[[str], None]) -> None:
@@ -71,7 +78,7 @@ def probe(model: nn.Module, original: str, switch: Callable[[str], None]) -> Non
             switch("longctx")
         whole = _context()
         found = _run(model, tokens_BT, whole)
-        _check_calls(model, whole, found)
+        _check_calls(model, whole)
         _compare(model, wanted, found, slice(0, LENGTH), "computes something else than with its own attention")
         _check_order(model, tokens_BT, found)
         _check_documents(model, tokens_BT, changed_BT)
@@ -79,12 +86,11 @@ def probe(model: nn.Module, original: str, switch: Callable[[str], None]) -> Non
         _compare(model, found, _run(model, later_BT, _context()), slice(0, CUT), "lets a token see those after it")
 
 
-def _check_calls(model: nn.Module, context: WatchedContext, trace: Trace) -> None:
+def _check_calls(model: nn.Module, context: WatchedContext) -> None:
     if not context.asked:
-        mixer = next((name for name in trace.names if "att" in name.lower()), type(model).__name__)
         raise UnsupportedError(
-            f"{type(model).__name__} has no attention that goes through transformers' AttentionInterface ({mixer}); "
-            "longctx can only shard attention"
+            f"{type(model).__name__} has no attention that goes through transformers' AttentionInterface, and longctx "
+            "can shard nothing else"
         )
 
 
@@ -94,8 +100,8 @@ def _check_order(model: nn.Module, tokens_BT: Tensor, found: Trace) -> None:
     context = WatchedContext(Group(0, (0,)), layout, ((0,),))
     moved = _run(model, context.shard(tokens_BT), context)
     order = [*range(LENGTH - CUT, LENGTH), *range(LENGTH - CUT)]
-    inputs, outputs = ([[_select(t, order) for t in ts] for ts in side] for side in (moved.inputs, moved.outputs))
-    back = Trace(moved.names, inputs, outputs)
+    sides = (moved.inputs, moved.outputs)
+    back = Trace(*({call: [_select(t, order) for t in ts] for call, ts in side.items()} for side in sides))
     what = "mixes tokens outside of attention, or takes their order from elsewhere than position_ids"
     _compare(model, found, back, slice(0, LENGTH), what)
 
@@ -147,37 +153,28 @@ def _call(model: nn.Module, tokens_BT: Tensor, **keywords: Any) -> None:
 
 
 def _compare(model: nn.Module, wanted: Trace, found: Trace, tokens: slice, what: str) -> None:
-    """Refuse the model if any module's output differs on ``tokens``; name the first one whose inputs do not."""
-    if wanted.names != found.names:
-        raise UnsupportedError(f"{type(model).__name__} {what}: it runs other modules ({_first_other(wanted, found)})")
-    differing = None
-    for index, name in enumerate(found.names):
-        if _agree(wanted.outputs[index], found.outputs[index], tokens):
-            continue
-        differing = differing or name
-        if _agree(wanted.inputs[index], found.inputs[index], tokens):
-            break
-    else:
-        if differing is None:
-            return
-        name = differing
-    culprit = dict(model.named_modules()).get(name, model)
+    """Refuse the model if any module's output differs on ``tokens``; name the first one whose inputs do not.
+
+    How often a module inside of experts runs depends on all tokens; the block around it does not.
+    """
+    common = [call for call in found.outputs if call in wanted.outputs]
+    differing = [call for call in common if not _agree(wanted.outputs[call], found.outputs[call], tokens)]
+    if not differing:
+        return
+    to_blame = (call for call in differing if _agree(wanted.inputs[call], found.inputs[call], tokens))
+    name = next(to_blame, differing[0])[0]
+    culprit = model.get_submodule(name)
     raise UnsupportedError(
         f"{type(model).__name__} cannot be sharded: its module {name or 'itself'} ({type(culprit).__name__}) {what}"
     )
 
 
-def _first_other(wanted: Trace, found: Trace) -> str:
-    return next((b for a, b in zip(wanted.names, found.names, strict=False) if a != b), "some more")
-
-
 def _agree(wanted: Sequence[Tensor], found: Sequence[Tensor], tokens: slice) -> bool:
-    return len(wanted) == len(found) and all(_close(a, b, tokens) for a, b in zip(wanted, found, strict=True))
+    """Whether what can be compared is equal on ``tokens``."""
+    return all(_close(a, b, tokens) for a, b in zip(wanted, found, strict=False) if a.shape == b.shape)
 
 
 def _close(wanted: Tensor, found: Tensor, tokens: slice) -> bool:
-    if wanted.shape != found.shape:
-        return False
     positions = list(range(LENGTH))[tokens]
     a, b = (_select(t, positions) for t in (wanted, found))
     if not a.is_floating_point():
@@ -197,9 +194,9 @@ def _token_dim(tensor: Tensor) -> int:
 
 
 def _per_token(value: Any) -> Iterator[Tensor]:
-    """Tensors with one entry per token inside what modules take and give."""
+    """Tensors [1, ... T ...] inside what modules take and give: without the batch, T may be tokens of an expert."""
     if isinstance(value, Tensor):
-        if LENGTH in value.shape:
+        if value.shape[:1] == (1,) and LENGTH in value.shape:
             yield value.detach().clone()  # some modules work in place
     elif isinstance(value, tuple | list):
         for item in value:
@@ -215,11 +212,9 @@ def _recorded(model: nn.Module) -> Iterator[Trace]:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            trace.names.append(name)
-            trace.inputs.append(list(_per_token((args, _seen(kwargs)))))
             # What comes second are attention weights, which ours does not have, and router scores.
             first = output[0] if type(output) is tuple and output else output
-            trace.outputs.append(list(_per_token(first)))
+            trace.add(name, list(_per_token((args, _seen(kwargs)))), list(_per_token(first)))
 
         return hook
 

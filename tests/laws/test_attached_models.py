@@ -163,8 +163,10 @@ def test_a_random_family_trains_or_is_refused_by_name(pool: Pool, seed: int) -> 
 
 @pytest.mark.tier2
 def test_every_family_trains_or_is_refused_by_name(pool: Pool, seed: int) -> None:
-    table = {family: law_or_refusal(pool, family, seed) for family in offered()}
-    print(*(f"{family:26} {outcome}" for family, outcome in table.items()), sep="\n")
+    table = {}
+    for family in offered():
+        table[family] = law_or_refusal(pool, family, seed)
+        print(f"{family:26} {table[family]}", flush=True)
     accepted = [family for family, outcome in table.items() if outcome == "accepted"]
     refused = [family for family, outcome in table.items() if outcome.startswith("refused")]
     assert len(accepted) > 80 and len(refused) > 40
