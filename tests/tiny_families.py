@@ -37,7 +37,8 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     given = {name: value for name, value in SIZES.items() if default.get(name) is not None or name in changes}
     for name in _PER_LAYER:
         if isinstance(default.get(name), list):
-            given[name] = default[name][-2:]
+            kinds = list(dict.fromkeys(default[name]))
+            given[name] = kinds[:2] if len(kinds) > 1 else kinds * 2
     if default.get("kv_lora_rank") is not None:
         given["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention shares no heads
     given |= {name: 0.0 for name, value in default.items() if "drop" in name and isinstance(value, float)}

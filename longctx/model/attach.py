@@ -56,8 +56,9 @@ def attach(model: ModelT, *, recompute: bool = False) -> ModelT:
         for handle in handles:
             handle.remove()
         _set_implementation(model, who, before)
-        if recompute and hasattr(model, "gradient_checkpointing_disable"):
-            model._set_gradient_checkpointing(enable=False)  # type: ignore[operator]
+        for module in model.modules() if recompute else ():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
         raise
     return model
 
@@ -161,9 +162,13 @@ def _refuse_mask(who: str, mask: Any) -> None:
 
 
 def _set_recompute(model: Any, who: str) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    try:
+        supported = model.supports_gradient_checkpointing
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_recomputed)
+    except (AttributeError, ValueError):
+        supported = False
+    if not supported:
         raise UnsupportedError(f"{who} does not support recomputation (supports_gradient_checkpointing); leave it off")
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_recomputed)
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:

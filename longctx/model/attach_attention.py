@@ -21,8 +21,8 @@ from longctx.sequence.context import SequenceContext
 NAME = "longctx"
 """Name of our functions in transformers' AttentionInterface and AttentionMaskInterface."""
 
-_BESIDE_THE_POINT = {"position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
-"""Tensors that models hand down to every attention function and that say nothing a context does not say."""
+_BESIDE_THE_POINT = {"position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "layer_idx"}
+"""Keywords that models hand down to every attention function and that change nothing about it under a context."""
 _FARTHEST = 2**24
 
 
@@ -100,10 +100,9 @@ def attend(
 
 
 def _refuse_others(where: str, others: Mapping[str, Any]) -> None:
-    """Keywords we do not know may be settings of other functions, but a tensor or an asked-for output is meant."""
+    """A keyword that we do not know and that is set may change what attention computes."""
     for name, value in others.items():
-        tensors = isinstance(value, Tensor) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value))
-        if (tensors and name not in _BESIDE_THE_POINT) or (name.startswith("output_") and value):
+        if value is not None and value is not False and name not in _BESIDE_THE_POINT:
             raise UnsupportedError(f"{where} passes {name} to its attention, which longctx's attention does not take")
 
 

@@ -3,7 +3,7 @@
 Legend: B batch, T local tokens, D model, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ class AttachedCausalLM(nn.Module):
         hidden_BTD = self.hf.base_model(tokens_BT, longctx=context).last_hidden_state
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, None if state is None else ())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AttachedCausalLM":
+        """As any module's, but rotary frequencies and their like are never rounded to half precision."""
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, buffer.to(moved.device))
+        return self
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""

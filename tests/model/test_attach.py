@@ -69,11 +69,12 @@ REFUSED = {
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
     "rwkv": ({}, "RwkvForCausalLM does not attend through transformers' AttentionInterface"),
     "bloom": ({}, "BloomForCausalLM does not attend through transformers' AttentionInterface"),
-    "mpt": ({}, "MptForCausalLM does not attend through"),
+    "gptj": ({}, "GPTJForCausalLM does not attend through"),
     "llama4_text": ({"num_experts_per_tok": 1}, "layers of type chunked_attention"),
     "deepseek_v32": ({}, "layers of type indexed_attention"),
     "stablelm": ({}, "does not hand its keyword arguments down"),
     "doge": ({}, "computes with its attention mask"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "Gemma3Attention asks for a mask that is not causal"),
     "mixtral": ({"output_router_logits": True}, "output_router_logits = True: its router auxiliary loss"),
 }
 
@@ -105,6 +106,14 @@ def test_the_probe_finds_mixers_without_their_names(family: str, monkeypatch: py
     monkeypatch.setattr("longctx.model.attach._KNOWN_LAYERS", set(model.config.layer_types))
     with pytest.raises(UnsupportedError, match=rf"module {module}.* mixes tokens outside of attention"):
         longctx.attach(model)
+
+
+@pytest.mark.parametrize("family", ["ctrl", "jetmoe"])
+def test_recomputation_that_a_model_does_not_support_is_refused(family: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(UnsupportedError, match="does not support recomputation"):
+        longctx.attach(model, recompute=True)
+    assert longctx.attach(model) is model
 
 
 class Shifted(nn.Module):

@@ -115,6 +115,28 @@ def test_deepspeed_trains_the_same(small: SmallCorpus, tmp_path: Path, pool: Poo
     assert_close(found, wanted, 1e-4)
 
 
+@pytest.mark.tier2
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_bf16_stays_near(small: SmallCorpus, tmp_path: Path, pool: Pool, zero: int) -> None:
+    folder = hf_folder(tmp_path / "hf", "mistral")
+    engine = {"kind": "deepspeed", "zero": zero}
+    changed = json.loads((folder / "config.json").read_text()) | {"architectures": ["MinistralForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(changed))  # not one of our own families
+    wanted = pool.run(train_here, 1, config_of(small, tmp_path / "one", folder))[0][0]
+    bf16 = config_of(small, tmp_path / "two", folder, engine=engine, train={"precision": "bf16"})
+    assert pool.run(train_here, 1, bf16, limit_s=120)[0][0] == pytest.approx(wanted, rel=0.03)
+
+
+def test_half_precision_leaves_rotary_frequencies_alone(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, "mixtral")
+    model = open_attached(folder, read_hf_config(folder))
+    before = model.hf.model.rotary_emb.inv_freq.clone()
+    model.bfloat16()
+    assert model.head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.hf.model.rotary_emb.inv_freq, before)
+    assert model.double().hf.model.rotary_emb.inv_freq.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     "family, changes, shaping",
     [
