@@ -77,6 +77,23 @@ class AttachedCausalLM(nn.Module):
         return False
 
 
+@torch.no_grad()
+def check_training(model: AttachedCausalLM) -> None:
+    """Run a few tokens in training mode: what is refused in it, such as attention dropout, is refused before a run.
+
+    Raises:
+        UnsupportedError: attention would drop something.
+    """
+    training, context = model.training, SequenceContext.single(1, 3)
+    tokens_BT = torch.full((1, 3), 3, device=model.head.weight.device)
+    with torch.random.fork_rng([]):
+        model.train()
+        try:
+            model(tokens_BT, context)
+        finally:
+            model.train(training)
+
+
 def open_attached(
     folder: Path, config: Model, *, dtype: torch.dtype | None = None, recompute: bool = False
 ) -> AttachedCausalLM:

@@ -13,7 +13,7 @@ from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.rows import Rows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import CheckpointError, ConfigError, DataError
-from longctx.model.attached import AttachedCausalLM, build_attached, open_attached
+from longctx.model.attached import AttachedCausalLM, build_attached, check_training, open_attached
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
@@ -130,9 +130,11 @@ def _attached(config: Config, model_config: Model, checkpoint: Path | None) -> A
     if checkpoint is not None:
         model = build_attached(model_config, recompute=recompute)
         load_weights(checkpoint, model)
-        return model
-    assert config.model.from_hf is not None  # where hf_config came from
-    return open_attached(config.model.from_hf, model_config, dtype=torch.float32, recompute=recompute)
+    else:
+        assert config.model.from_hf is not None  # where hf_config came from
+        model = open_attached(config.model.from_hf, model_config, dtype=torch.float32, recompute=recompute)
+    check_training(model)
+    return model
 
 
 def build_engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:

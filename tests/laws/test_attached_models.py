@@ -55,7 +55,7 @@ def test_attached_models_do_not_see_how_their_sequence_is_cut(pool: Pool, seed: 
         for name, ours, theirs in zip(FAMILIES, found, wanted, strict=True):
             print(name, degree)
             assert isinstance(ours, Answer) and isinstance(theirs, Answer), theirs
-            assert_same(ours, theirs, FP32_INSIDE if name in ("gemma3", "gpt-oss") else 1e-10)
+            assert_same(ours, theirs, FP32_INSIDE if name in ("gemma3", "gpt-oss", "deepseek-v3") else 1e-10)
 
 
 def test_recomputation_repeats_neither_attention_nor_its_traffic(pool: Pool, seed: int) -> None:

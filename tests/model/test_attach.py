@@ -33,12 +33,15 @@ def test_importing_longctx_stays_cheap() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_attached_model_computes_what_it_did(seed: int) -> None:
-    model = tiny_model("gpt_oss", seed % 1000, layer_types=["sliding_attention", "full_attention"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3_text", "mistral", "deepseek_v3"])
+def test_an_attached_model_computes_what_it_did(seed: int, family: str) -> None:
+    changes = {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gpt_oss", "gemma3_text") else {}
+    model = tiny_model(family, seed % 1000, **changes)
     ids = tokens(seed)
     model.set_attn_implementation("eager")
     wanted = model(ids).logits
-    assert longctx.attach(model) is model and type(model).__name__ == "GptOssForCausalLM"
+    kind = type(model)
+    assert longctx.attach(model) is model and type(model) is kind
     found = model(ids, longctx=SequenceContext.single(2, LENGTH)).logits
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 

@@ -179,6 +179,14 @@ def test_what_training_would_lose_is_refused(small: SmallCorpus, tmp_path: Path)
         open_attached(routed, read_hf_config(routed))
 
 
+def test_attention_dropout_is_refused_before_the_run_begins(small: SmallCorpus, tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", "gpt2", attn_pdrop=0.1)
+    with pytest.raises(UnsupportedError, match=r"attention dropout = 0\.1 is not supported"):
+        build_trainer(config_of(small, tmp_path / "run", folder), alone())
+    assert not (tmp_path / "run").exists()
+    open_attached(folder, read_hf_config(folder))  # to look at it is fine
+
+
 def test_folders_that_do_not_fit_are_refused(small: SmallCorpus, tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "hf", "mixtral", max_position_embeddings=40)
     with pytest.raises(
