@@ -42,6 +42,8 @@ def attach(model: ModelT, *, recompute: bool = False) -> ModelT:
     """
     who = type(model).__name__
     before = _implementation(model)
+    if before == NAME:
+        raise UnsupportedError(f"{who} is attached already; attach a model once, with recompute as it is wanted")
     _refuse_by_config(model, who)
     register()
     handles: list[Any] = []
@@ -51,7 +53,7 @@ def attach(model: ModelT, *, recompute: bool = False) -> ModelT:
         handles += [m.register_forward_pre_hook(_prepare, with_kwargs=True) for m in _entrances(model)]
         if recompute:
             _set_recompute(model, who)
-        probe(model, before, functools.partial(_set_implementation, model, who))
+        probe(model, functools.partial(_set_implementation, model, who))
     except BaseException:
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import LongctxError, UnsupportedError, first_line
-from longctx.model.attach_attention import MissingContextError, PlannedMask
+from longctx.model.attach_attention import NAME, MissingContextError, PlannedMask
 from longctx.model.attach_rotary import length_dependent, length_of
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
@@ -60,8 +60,8 @@ class Trace:
         self.inputs[call], self.outputs[call] = inputs, outputs
 
 
-def probe(model: nn.Module, original: str, switch: Callable[[str], None]) -> None:
-    """Compare the attached model with itself under ``original`` and with altered inputs.
+def probe(model: nn.Module, switch: Callable[[str], None]) -> None:
+    """Compare the attached model with itself under its own attention ("eager") and with altered inputs.
 
     Args:
         switch: sets the attention implementation by name.
@@ -75,7 +75,7 @@ def probe(model: nn.Module, original: str, switch: Callable[[str], None]) -> Non
         try:
             wanted = _reference(model, tokens_BT)
         finally:
-            switch("longctx")
+            switch(NAME)
         whole = _context()
         found = _run(model, tokens_BT, whole)
         _check_calls(model, whole)

@@ -268,6 +268,11 @@ def test_masks_are_checked_whatever_the_length_of_the_shard() -> None:
     assert "cache" in str(plan_mask(mask_function=causal, q_length=1, kv_length=3).fault)
 
 
+def test_a_model_is_attached_once(llama: Any) -> None:
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is attached already"):
+        longctx.attach(llama)
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="Linear is no model of transformers"):
         longctx.attach(nn.Linear(2, 2))
