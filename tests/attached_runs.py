@@ -30,6 +30,7 @@ class Run:
     family: str
     length: int = 37
     layout: str = "zigzag"
+    scheme: str = "ring"
     seed: int = 0
     recompute: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +89,9 @@ def _step(model: Any, run: Run) -> Answer:
     world = dist.get_world_size() if dist.is_initialized() else 1
     group = build_mesh(world, torch.device("cpu"), 60).sequence if world > 1 else alone().sequence
     ledger = Ledger()
-    context = SequenceContext(group, LAYOUTS[run.layout](run.length, group.size), run.documents, ledger=ledger)
+    context = SequenceContext(
+        group, LAYOUTS[run.layout](run.length, group.size), run.documents, scheme=run.scheme, ledger=ledger
+    )
     tokens_BS, labels_BS = run.data()
     tokens_BT, labels_BT = context.shard(tokens_BS), context.shard(labels_BS)
     logits_BTV = model(tokens_BT, longctx=context).logits

@@ -3,6 +3,7 @@
 Legend: B batch, S global tokens, T local tokens, H query heads, K kv heads, E head dim.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from longctx.attention import attention
 from longctx.attention.kernels import CPU_FLASH, NAIVE
+from longctx.attention.schemes import SCHEMES
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
@@ -25,7 +27,7 @@ KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLA
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call over whole sequences."""
+    """One attention call over whole sequences; ``inner``: ranks of an inner group, where the world has such groups."""
 
     length: int
     documents: Documents = ((0,),)
@@ -39,6 +41,7 @@ class Problem:
     sink: bool = False
     softcap: float | None = None
     scheme: str = "ring"
+    inner: int = 2
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -74,7 +77,7 @@ def random_documents(rng: random.Random, batch: int, length: int) -> Documents:
 
 
 def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
-    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, both layouts."""
+    """Lengths shorter than the ranks, primes, kv heads fewer than ranks, documents, windows, every layout."""
     length = rng.choice([1, 2, 3, 4, 5, 7, 11, 16, 23, 31, 47])
     kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 4, 7, 16])
     return Problem(
@@ -83,12 +86,14 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         kv_heads * rng.choice([1, 2, 3]),
         kv_heads,
         head_dim,
-        rng.choice(["zigzag", "contiguous"]),
+        rng.choice(sorted(LAYOUTS)),
         rng.random() < 0.7,
         rng.choice([None, None, 1, 2, 3, 8, length]),
         rng.choice([None, 0.3 * head_dim**-0.5, 1.4 * head_dim**-0.5]),
         rng.random() < 0.4,
         rng.choice([None, 6.0]) if kernel in ("naive", "tiled") else None,
+        rng.choice(sorted(SCHEMES)),
+        rng.choice([1, 2, 3, 4]),
         kernel=kernel,
         seed=rng.randrange(2**31),
     )
@@ -162,7 +167,7 @@ def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Ten
 
 
 def context_of(problem: Problem, group: Group, ledger: Ledger | None = None) -> SequenceContext:
-    layout = LAYOUTS[problem.layout](problem.length, group.size)
+    layout = LAYOUTS[problem.layout](problem.length, group.size, problem.documents)
     return SequenceContext(group, layout, problem.documents, scheme=problem.scheme, ledger=ledger)
 
 
@@ -185,14 +190,23 @@ def run_here(problem: Problem, context: SequenceContext, whole: Sequence[Tensor]
 
 def run_all_here(problems: Sequence[Problem]) -> list[tuple[list[Tensor], list[Transfer]]]:
     """On every rank of a world: its share of every answer, and its transfers."""
-    import torch.distributed as dist
-
-    group = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
     found = []
-    for problem in problems:
+    for problem, group in zip(problems, groups_of(problems), strict=True):
         ledger = Ledger()
         found.append((run_here(problem, context_of(problem, group, ledger)), ledger.transfers))
     return found
+
+
+def groups_of(problems: Sequence[Problem]) -> list[Group]:
+    """All ranks of this world as one sequence group, with the inner groups each problem wants; collective."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    if size == 1:
+        return [alone().sequence] * len(problems)
+    inners = [math.gcd(problem.inner, size) for problem in problems]
+    groups = {inner: build_mesh(size, torch.device("cpu"), 60, inner).sequence for inner in sorted(set(inners))}
+    return [groups[inner] for inner in inners]
 
 
 def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
@@ -204,7 +218,7 @@ def solve(pool: Any, world: int, problems: Sequence[Problem]) -> list[Answer]:
     answers = []
     for number, problem in enumerate(problems):
         parts = [rank[number][0] for rank in ranks]
-        layout = LAYOUTS[problem.layout](problem.length, world)
+        layout = LAYOUTS[problem.layout](problem.length, world, problem.documents)
         order = torch.from_numpy(np.concatenate([layout.indices(rank) for rank in range(world)]))
         whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(4)]
         dsink = torch.stack([part[4] for part in parts]).sum(0) if problem.sink else None

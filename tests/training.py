@@ -11,6 +11,7 @@ import torch
 from longctx.config.schema import Config, Model
 from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import build_mesh
+from longctx.sequence.layout import Run
 from longctx.train.optimizer import MOMENTS
 from longctx.train.setup import build_engine
 from longctx.train.trainer import Callback, Record, Trainer
@@ -46,9 +47,9 @@ class RandomRows:
             labels[valid] = (labels[valid] + 1) % self.vocabulary
         return tokens[:-1], labels
 
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
+    def read(self, row: int, runs: Sequence[Run]) -> tuple[Any, Any]:
         tokens, labels = self.whole(row)
-        index = np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in runs)])
+        index = np.concatenate([np.empty(0, np.int64), *(np.arange(*run) for run in runs)])
         return tokens[index], labels[index]
 
 

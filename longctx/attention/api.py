@@ -7,7 +7,7 @@ import torch
 
 from longctx.attention.kept import attend_once
 from longctx.attention.kernels import Kernel, Scoring, choose_kernel
-from longctx.attention.ring import RingAttention, RingCall
+from longctx.attention.schemes import Request, scheme_of
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
 
@@ -58,18 +58,12 @@ def attention(
     kernel = kernel or choose_kernel(q_BTHE.device, q_BTHE.dtype, softcap)
     kernel.check(q_BTHE.dtype, head_dim, softcap)
     scoring = Scoring(head_dim**-0.5 if scale is None else scale, softcap)
-    call = RingCall(plan, context.group, context.ledger, kernel, scoring)
-
-    def attend(
-        q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, sink_H: torch.Tensor | None
-    ) -> torch.Tensor:
-        q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-        out_NHE: torch.Tensor = RingAttention.apply(q_NHE, k_MKE, v_MKE, sink_H, call)  # type: ignore[no-untyped-call]
-        return out_NHE.view(batch, rows, heads, head_dim)
-
+    request = Request(context, causal, window, kernel, scoring)
+    scheme = scheme_of(request)
+    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
     if context.kept is not None:
-        return attend_once(attend, (q_BTHE, k_BTKE, v_BTKE, sink_H), context.kept)
-    return attend(q_BTHE, k_BTKE, v_BTKE, sink_H)
+        return attend_once(lambda *tensors: scheme(tensors, request), operands, context.kept)
+    return scheme(operands, request)
 
 
 def _check_tensors(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> None:

@@ -1,8 +1,11 @@
 """Ring attention: keys and values travel around the ranks, forward and backward.
 
 Ring Attention with Blockwise Transformers (arXiv 2310.01889), with the work cut into slices by an AttentionPlan and
-the backward of FlashAttention (global out and log-sum-exp in every block). Legend: N = B*T flattened query rows, M key
-rows, H query heads, K kv heads, E head dim.
+the backward of FlashAttention (global out and log-sum-exp in every block). In the backward either keys and values
+travel with their gradients, or queries with theirs (BurstAttention, arXiv 2403.09347), whichever is fewer bytes. With
+one rank nothing travels and this is memory-efficient attention in blocks (Rabe and Staats, arXiv 2112.05682).
+
+Legend: N = B*T flattened query rows, M key rows, H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Iterator
@@ -15,34 +18,55 @@ from torch.autograd.function import once_differentiable
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import add_sink_, sink_gradient
+from longctx.attention.travel import QueryBlock, pack_queries, unpack_queries
 from longctx.runtime.mesh import Group
-from longctx.sequence.collectives.ledger import Ledger, Transfer
-from longctx.sequence.collectives.ring import Homeward, Schedule, circulate, planned_transfers
+from longctx.sequence.collectives.ledger import Ledger
+from longctx.sequence.collectives.ring import Homeward, circulate
+from longctx.sequence.collectives.schedule import Schedule, ring_schedule
 from longctx.sequence.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
 class RingCall:
-    """Everything about one attention call that is no tensor."""
+    """Everything about one attention call that is no tensor.
+
+    ``there`` moves keys and values; ``back`` moves queries in the backward, None where keys and values travel again.
+    """
 
     plan: AttentionPlan
     group: Group
+    there: Schedule
+    back: Schedule | None
     ledger: Ledger | None
     kernel: Kernel
     scoring: Scoring
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.plan.last_hop)
+    def query_sizes(self) -> list[int]:
+        """Flattened query rows of every rank."""
+        return [len(self.plan.documents) * size for size in self.plan.queries.sizes]
 
     @property
-    def sizes(self) -> list[int]:
+    def key_sizes(self) -> list[int]:
         """Flattened key rows of every rank."""
         return [len(self.plan.documents) * size for size in self.plan.keys.sizes]
 
 
+@dataclass(frozen=True)
+class Schedules:
+    """Both directions of one plan; found once and shared by all layers."""
+
+    there: Schedule
+    back: Schedule
+
+    @staticmethod
+    def of(plan: AttentionPlan, width: int | None = None) -> "Schedules":
+        needs = plan.needed_pairs
+        return Schedules(ring_schedule(needs, width), ring_schedule(needs.T, width))
+
+
 class RingAttention(torch.autograd.Function):
-    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE. Saves them, out and lse; the backward sends keys and values again."""
+    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE. Saves them, out and lse."""
 
     @staticmethod
     def forward(
@@ -66,45 +90,69 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
-        dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
-        own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=lse_NH.dtype)
-        homeward = Homeward(own, call.sizes, call.schedule, call.group, call.ledger)
-        for hop, source, kv in _blocks(k_MKE, v_MKE, call):
-            dkv_M2KE = None
-            if kv is not None:
-                slices = call.plan.slices(call.group.rank, source)
-                dkv_M2KE = gradients(dout_NHE, q_NHE, *kv, out_NHE, lse_NH, slices, call.kernel, call.scoring, dq_NHE)
-            if hop == 0:
-                assert dkv_M2KE is not None
-                own = dkv_M2KE
-            else:
-                homeward.add(hop, dkv_M2KE)
-        arrived = homeward.arrived()
-        if arrived is not None:
-            own += arrived
         dsink_H = None
         if sink_H is not None:
             dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H).to(sink_H.dtype)
-        return dq_NHE.to(q_NHE.dtype), own[:, 0].to(k_MKE.dtype), own[:, 1].to(v_MKE.dtype), dsink_H, None
+        queries = QueryBlock(dout_NHE, q_NHE, out_NHE, lse_NH)
+        turn = _keys_travel if call.back is None else _queries_travel
+        dq_NHE, dkv_M2KE = turn(queries, k_MKE, v_MKE, call)
+        return dq_NHE.to(q_NHE.dtype), dkv_M2KE[:, 0].to(k_MKE.dtype), dkv_M2KE[:, 1].to(v_MKE.dtype), dsink_H, None
+
+
+def _keys_travel(
+    queries: QueryBlock, k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dq and dkv of this rank's rows, in the wide dtype."""
+    wide = queries.lse_NH.dtype
+    dq_NHE = torch.zeros_like(queries.q_NHE, dtype=wide)
+    own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
+    homeward = Homeward(own, call.key_sizes, call.there, call.group, call.ledger)
+    for step, source, kv in _blocks(k_MKE, v_MKE, call):
+        dkv_M2KE = None
+        if kv is not None and (step == 0 or call.there.needed[step, call.group.rank]):
+            slices = call.plan.slices(call.group.rank, source)
+            dkv_M2KE = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE)
+        if step == 0:
+            assert dkv_M2KE is not None
+            own = dkv_M2KE
+        else:
+            homeward.add(step, dkv_M2KE)
+    arrived = homeward.arrived()
+    return dq_NHE, own if arrived is None else own.add_(arrived)
+
+
+def _queries_travel(
+    queries: QueryBlock, k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with this rank's keys and values in place and every query block visiting them."""
+    assert call.back is not None
+    wide, rank = queries.lse_NH.dtype, call.group.rank
+    own = torch.zeros_like(queries.q_NHE, dtype=wide)
+    dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=wide, device=k_MKE.device)
+    homeward = Homeward(own, call.query_sizes, call.back, call.group, call.ledger)
+    packed = pack_queries(queries) if len(call.back.steps) > 1 else queries.q_NHE
+    for step, source, block in circulate(packed, call.query_sizes, call.back, call.group, call.ledger):
+        slices = call.plan.slices(source, rank)
+        dq_NHE = None
+        if step == 0:
+            dkv_M2KE += gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
+            continue
+        if block is not None and slices:
+            visitors = unpack_queries(block, queries)
+            dq_NHE = torch.zeros_like(visitors.q_NHE, dtype=wide)
+            dkv_M2KE += gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq_NHE)
+        homeward.add(step, dq_NHE)
+    arrived = homeward.arrived()
+    return own if arrived is None else own.add_(arrived), dkv_M2KE
 
 
 def _blocks(
     k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
 ) -> Iterator[tuple[int, int, tuple[torch.Tensor, torch.Tensor] | None]]:
-    """Hop, source and that source's keys and values, as they come; the rank's own are copied only to be sent."""
-    own = torch.stack((k_MKE, v_MKE), dim=1) if call.schedule.hops else k_MKE
-    for hop, source, block in circulate(own, call.sizes, call.schedule, call.group, call.ledger):
-        if hop == 0:
-            yield hop, source, (k_MKE, v_MKE)
+    """Step, source and that source's keys and values, as they come; the rank's own are copied only to be sent."""
+    own = torch.stack((k_MKE, v_MKE), dim=1) if len(call.there.steps) > 1 else k_MKE
+    for step, source, block in circulate(own, call.key_sizes, call.there, call.group, call.ledger):
+        if step == 0:
+            yield step, source, (k_MKE, v_MKE)
         else:
-            yield hop, source, None if block is None else (block[:, 0], block[:, 1])
-
-
-def planned_traffic(plan: AttentionPlan, rank: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Transfer]:
-    """The transfers of one forward and one backward of ring attention on ``rank``, in order."""
-    call_sizes = [len(plan.documents) * size for size in plan.keys.sizes]
-    numbers = 2 * kv_heads * head_dim
-    wide = torch.promote_types(dtype, torch.float32)
-    schedule = Schedule(plan.last_hop)
-    forward = planned_transfers(rank, schedule, call_sizes, numbers * dtype.itemsize)
-    return forward + planned_transfers(rank, schedule, call_sizes, numbers * dtype.itemsize, numbers * wide.itemsize)
+            yield step, source, None if block is None else (block[:, 0], block[:, 1])

@@ -213,7 +213,9 @@ class Sequence(Section):
 
     length: Count = Field(description="tokens per sequence, over all ranks")
     degree: PositiveInt = Field(1, description="ranks that share one sequence")
-    layout: Literal["contiguous", "zigzag"] = "zigzag"
+    layout: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
+        "zigzag", description="which tokens a rank holds; balanced follows the documents of each micro-batch"
+    )
     scheme: Literal["ring"] = "ring"
 
 

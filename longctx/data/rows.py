@@ -11,6 +11,7 @@ from longctx.data.corpus import Corpus
 from longctx.data.mixture import Mixture
 from longctx.data.order import DocumentOrder, Epoch
 from longctx.errors import DataError
+from longctx.sequence.layout import Run
 
 Int64Array = npt.NDArray[np.int64]
 IGNORE = -100  # label of a position that has no next token
@@ -64,18 +65,23 @@ class Rows:
         source, index = self._mixture.locate(row)
         return self._sources[source].documents(index)
 
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]:
-        """Tokens and labels (int64 [T]) at the positions ``[start, stop)`` of ``runs``, in the order given.
+    def read(self, row: int, runs: Sequence[Run]) -> tuple[Int64Array, Int64Array]:
+        """Tokens and labels (int64 [T]) at the positions of ``runs``, in the order given.
 
-        A label is the document's next token, also when that lies beyond the row, and -100 at a document's end.
+        A label is the document's next token, also when that lies beyond the row, and -100 at a document's end. Of a
+        strided run all tokens between its first and its last are read.
         """
         source, index = self._mixture.locate(row)
-        for start, stop in runs:
-            if not 0 <= start <= stop <= self.length:
-                raise ValueError(f"run [{start}, {stop}) lies outside a row of {self.length} tokens")
-        parts = [self._sources[source].read(index, start, stop) for start, stop in runs if start < stop]
+        for run in runs:
+            if not 0 <= run.start <= run.stop <= self.length:
+                raise ValueError(f"run [{run.start}, {run.stop}) lies outside a row of {self.length} tokens")
+        parts = [self._read(source, index, run) for run in runs if run.start < run.stop]
         empty = np.empty(0, np.int64)
         return np.concatenate([empty, *(p[0] for p in parts)]), np.concatenate([empty, *(p[1] for p in parts)])
+
+    def _read(self, source: int, index: int, run: Run) -> tuple[Int64Array, Int64Array]:
+        tokens, labels = self._sources[source].read(index, run.start, run.stop)
+        return tokens[:: run.step], labels[:: run.step]
 
 
 class _SourceRows:

@@ -20,7 +20,7 @@ from longctx.model.head import IGNORED
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS
+from longctx.sequence.layout import LAYOUTS, Run
 from longctx.train.batches import RowSource
 
 Int64Array = npt.NDArray[np.int64]
@@ -81,7 +81,7 @@ def by_position(
         sums_K.index_add_(0, bins_T[valid_T], nll_T[valid_T])
         counts_K += torch.bincount(bins_T[valid_T], minlength=num_bins)
         if mesh.is_first:
-            num_bytes += _target_bytes(*rows.read(row, [(0, rows.length)]), rows.documents(row), decode)
+            num_bytes += _target_bytes(*rows.read(row, [Run(0, rows.length)]), rows.documents(row), decode)
         advance()
     packed = torch.cat([sums_K, counts_K, torch.tensor([float(num_bytes)], dtype=torch.float64)])
     packed = mesh.all_reduce(packed.to(mesh.device)).cpu()
@@ -127,7 +127,8 @@ def context_gain(
 
 
 def _context(mesh: Mesh, layout: str, length: int, documents: tuple[int, ...]) -> SequenceContext:
-    return SequenceContext(mesh.sequence, LAYOUTS[layout](length, mesh.sequence.size), (documents,))
+    cut = LAYOUTS[layout](length, mesh.sequence.size, (documents,))
+    return SequenceContext(mesh.sequence, cut, (documents,))
 
 
 def _score(

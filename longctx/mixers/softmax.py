@@ -39,7 +39,7 @@ class SoftmaxMixer(Mixer):
 
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring"})
-    layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag"})
+    layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
 
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__(config, layer)

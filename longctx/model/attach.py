@@ -19,7 +19,7 @@ from longctx.errors import UnsupportedError
 from longctx.model.attach_attention import NAME, register
 from longctx.model.attach_probe import probe
 from longctx.model.attach_rotary import hook_rotary, length_of, mark_positions
-from longctx.sequence.context import SequenceContext
+from longctx.sequence.context import Kept, SequenceContext
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -132,15 +132,15 @@ def _prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _refuse_inputs(who: str, kwargs: Mapping[str, Any], context: SequenceContext, tokens: Tensor) -> None:
-    if tokens.shape[:2] != (context.batch, context.local_length):
-        raise ValueError(
-            f"{who}: tokens of shape {tuple(tokens.shape[:2])} for a context of {context.batch} rows of "
-            f"{context.local_length} local tokens; give it context.shard(tokens)"
-        )
     if 0 in context.layout.sizes:
         raise UnsupportedError(
             f"{context.length} tokens leave one of {context.degree} ranks without any, which transformers' models do "
             "not take; use longer sequences or a smaller degree"
+        )
+    if tokens.shape[:2] != (context.batch, context.local_length):
+        raise ValueError(
+            f"{who}: tokens of shape {tuple(tokens.shape[:2])} for a context of {context.batch} rows of "
+            f"{context.local_length} local tokens; give it context.shard(tokens)"
         )
     if kwargs.get("labels") is not None:
         raise UnsupportedError(
@@ -182,7 +182,7 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
         raise UnsupportedError(
             "a recomputed layer got no context; give the model one, as in model(..., longctx=context)"
         )
-    keywords = {**function.keywords, "longctx": context.keeping()}
+    keywords = {**function.keywords, "longctx": context.keeping(Kept())}
     # Gradients pass a reentrant checkpoint through its positional tensors only, so those that need some become such.
     leaves, structure = tree_flatten((args, keywords))
     differentiable = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]

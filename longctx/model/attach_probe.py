@@ -24,7 +24,7 @@ from longctx.model.attach_attention import NAME, MissingContextError, PlannedMas
 from longctx.model.attach_rotary import length_dependent, length_of
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Layout
+from longctx.sequence.layout import Layout, Run, contiguous
 from longctx.sequence.plan import AttentionPlan
 
 LENGTH, CUT = 13, 5
@@ -96,7 +96,7 @@ def _check_calls(model: nn.Module, context: WatchedContext) -> None:
 
 def _check_order(model: nn.Module, tokens_BT: Tensor, found: Trace) -> None:
     # One rank that holds the end before the beginning: one document, so that its plan stays a plan.
-    layout = Layout(LENGTH, (((CUT, LENGTH), (0, CUT)),))
+    layout = Layout(LENGTH, ((Run(CUT, LENGTH), Run(0, CUT)),))
     context = WatchedContext(Group(0, (0,)), layout, ((0,),))
     moved = _run(model, context.shard(tokens_BT), context)
     order = [*range(LENGTH - CUT, LENGTH), *range(LENGTH - CUT)]
@@ -114,7 +114,7 @@ def _check_documents(model: nn.Module, tokens_BT: Tensor, changed_BT: Tensor) ->
 
 
 def _context(documents: tuple[tuple[int, ...], ...] = ((0,),)) -> WatchedContext:
-    return WatchedContext(Group(0, (0,)), Layout(LENGTH, (((0, LENGTH),),)), documents)
+    return WatchedContext(Group(0, (0,)), contiguous(LENGTH, 1), documents)
 
 
 def _reference(model: nn.Module, tokens_BT: Tensor) -> Trace:

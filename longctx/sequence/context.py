@@ -3,6 +3,7 @@
 Legend: B batch, T local tokens, S global tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -13,8 +14,8 @@ from longctx.errors import UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.gather import gather_shards
 from longctx.sequence.collectives.ledger import Ledger
-from longctx.sequence.layout import Layout
-from longctx.sequence.plan import AttentionPlan, Documents
+from longctx.sequence.layout import Documents, Layout, Run, contiguous
+from longctx.sequence.plan import AttentionPlan
 
 
 @dataclass(eq=False)
@@ -55,8 +56,8 @@ class SequenceContext:
         """Whole sequences on one rank; without ``documents`` each row is one document."""
         if documents is not None and len(documents) != batch:
             raise ValueError(f"documents of {len(documents)} rows for a batch of {batch} rows")
-        layout = Layout(length, (((0, length),) if length else (),))
-        return SequenceContext(Group(0, (0,)), layout, ((0,),) * batch if documents is None else documents)
+        documents = ((0,),) * batch if documents is None else documents
+        return SequenceContext(Group(0, (0,)), contiguous(length, 1), documents)
 
     @property
     def batch(self) -> int:
@@ -80,6 +81,18 @@ class SequenceContext:
     def rank(self) -> int:
         return self.group.rank
 
+    def keeping(self, kept: Kept) -> "SequenceContext":
+        """The same context, plans included, for both passes through a recomputed region."""
+        return self._sharing(replace(self, kept=kept))
+
+    def seen_from(self, group: Group, scheme: str) -> "SequenceContext":
+        """The same sequence and plans from another rank or under another scheme, to plan with."""
+        return self._sharing(replace(self, group=group, scheme=scheme, ledger=None))
+
+    def _sharing(self, other: "SequenceContext") -> "SequenceContext":
+        object.__setattr__(other, "_made", self._made)
+        return other
+
     def extend(self, new: int) -> "SequenceContext":
         """The context of ``new`` tokens that follow this one's, for decoding on one rank.
 
@@ -91,27 +104,27 @@ class SequenceContext:
             raise ValueError(f"a sequence cannot be extended by {new} tokens")
         if self.degree > 1 or any(len(starts) > 1 for starts in self.documents):
             raise UnsupportedError("decoding continues one unsharded document per row; use degree 1, no packing")
-        layout = Layout(self.length + new, (((self.length, self.length + new),),))
+        layout = Layout(self.length + new, ((Run(self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
-    def keeping(self) -> "SequenceContext":
-        """This context for one recomputed region; what was computed for it is shared."""
-        region = replace(self, kept=Kept())
-        object.__setattr__(region, "_made", self._made)
-        return region
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returned the first time ``key`` was asked for: plans and schedules, shared by all layers."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
         """The attention plan of these tokens over this context's keys, computed once."""
         key = ("plan", causal, window)
         if key not in self._made:
-            keys = Layout(self.length, (((0, self.length),),)) if self.past else self.layout
+            keys = contiguous(self.length, 1) if self.past else self.layout
             self._made[key] = AttentionPlan(self.layout, keys, self.documents, causal, window)
         plan: AttentionPlan = self._made[key]
         return plan
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Position of each local token inside its document, int64 [B, T]."""
-        key = ("positions", str(device))
+        key = ("positions", self.rank, str(device))
         if key not in self._made:
             index_T = torch.from_numpy(self.layout.indices(self.rank))
             rows = []

@@ -6,44 +6,27 @@ rectangles.
 Every rank plans for all ranks, so senders and receivers agree without a message.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from longctx.sequence.layout import Documents as Documents
 from longctx.sequence.layout import Layout
-
-Mask = Literal["full", "causal", "anticausal"]
-Documents = tuple[tuple[int, ...], ...]
-
-
-class Slice(NamedTuple):
-    """One dense block of work. ``causal``: square, key index <= query index; ``anticausal``: square, key >= query."""
-
-    q_start: int
-    q_end: int
-    k_start: int
-    k_end: int
-    mask: Mask
-
-    @property
-    def area(self) -> int:
-        """Query-key pairs that are computed."""
-        rows, columns = self.q_end - self.q_start, self.k_end - self.k_start
-        return rows * columns if self.mask == "full" else rows * (rows + 1) // 2
-
-
-class Piece(NamedTuple):
-    """Tokens of one document in one run of one rank: global [start, stop), flat local index of the first."""
-
-    start: int
-    stop: int
-    offset: int
-
-
-DocumentKey = tuple[int, int]
-"""Row in the batch and index of the document in that row."""
+from longctx.sequence.pieces import (
+    DocumentKey,
+    Pieces,
+    Sight,
+    cut_at_documents,
+    piece_slices,
+    seen_ranks,
+    visible_pairs,
+)
+from longctx.sequence.slices import Mask as Mask
+from longctx.sequence.slices import Slice as Slice
+from longctx.sequence.slices import coalesced
 
 
 @dataclass(frozen=True)
@@ -69,143 +52,57 @@ class AttentionPlan:
     def slices(self, rank: int, source: int) -> tuple[Slice, ...]:
         """Work of query rank ``rank`` on the keys of rank ``source``; found once, then shared by all layers."""
         if (rank, source) not in self._found:
-            self._found[rank, source] = tuple(_coalesced(list(self._uncoalesced(rank, source))))
+            self._found[rank, source] = tuple(coalesced(list(self._uncoalesced(rank, source))))
         return self._found[rank, source]
 
     def needs(self, rank: int, source: int) -> bool:
         """Whether ``rank`` has any work on the keys of ``source``."""
-        keys = self._key_pieces[source]
-        return any(
-            next(self._band(q, k), None) is not None
-            for document, q_pieces in self._query_pieces[rank].items()
-            for q in q_pieces
-            for k in keys.get(document, ())
-        )
+        return bool(self.needed_pairs[rank, source])
 
     @cached_property
-    def last_hop(self) -> tuple[int, ...]:
-        """For each source, the last ring hop whose receiver still needs its block; 0 if nobody else does."""
-        size = self.degree
+    def needed_pairs(self) -> npt.NDArray[np.bool_]:
+        """:meth:`needs` for all pairs at once, bool [query ranks, key ranks], found without any slice; read-only."""
+        needed = seen_ranks(self._query_pieces, self._key_pieces, self._sight)
+        needed.setflags(write=False)
+        return needed
+
+    @cached_property
+    def work(self) -> tuple[int, ...]:
+        """Query-key pairs that each query rank computes over all its hops, found without any slice.
+
+        Raises:
+            ValueError: the keys are only a part of the sequence.
+        """
+        if sum(self.keys.sizes) != self.keys.length:
+            raise ValueError(f"the key ranks hold {sum(self.keys.sizes)} of {self.keys.length} tokens")
         return tuple(
-            next((hop for hop in range(size - 1, 0, -1) if self.needs((source + hop) % size, source)), 0)
-            for source in range(size)
+            sum(visible_pairs(q, self._bounds(key), self._sight) for key, own in pieces.items() for q in own)
+            for pieces in self._query_pieces
         )
 
     def _uncoalesced(self, rank: int, source: int) -> Iterator[Slice]:
         keys = self._key_pieces[source]
-        for document, q_pieces in self._query_pieces[rank].items():
-            for q in q_pieces:
+        for document, own in self._query_pieces[rank].items():
+            for q in own:
                 for k in keys.get(document, ()):
-                    yield from (_moved(s, q, k) for s in self._band(q, k))
+                    yield from piece_slices(q, k, self._sight)
 
-    def _band(self, q: Piece, k: Piece) -> Iterator[Slice]:
-        return band(q.start, q.stop, k.start, k.stop, self.causal, self.window)
+    def _bounds(self, key: DocumentKey) -> tuple[int, int]:
+        """Global [start, stop) of a document."""
+        row, document = key
+        starts = self.documents[row]
+        return starts[document], starts[document + 1] if document + 1 < len(starts) else self.keys.length
 
     @cached_property
-    def _query_pieces(self) -> list[dict[DocumentKey, list[Piece]]]:
-        return [_pieces(self.queries, rank, self.documents) for rank in range(self.queries.degree)]
+    def _sight(self) -> Sight:
+        return Sight.of(self.causal, self.window)
 
     @cached_property
-    def _key_pieces(self) -> list[dict[DocumentKey, list[Piece]]]:
+    def _query_pieces(self) -> list[Pieces]:
+        return [cut_at_documents(self.queries, rank, self.documents) for rank in range(self.queries.degree)]
+
+    @cached_property
+    def _key_pieces(self) -> list[Pieces]:
         if self.keys is self.queries:
             return self._query_pieces
-        return [_pieces(self.keys, rank, self.documents) for rank in range(self.keys.degree)]
-
-
-def band(qa: int, qb: int, ka: int, kb: int, causal: bool, window: int | None) -> Iterator[Slice]:
-    """Cut the visible part of queries [qa, qb) x keys [ka, kb) (global positions) into slices.
-
-    A query at position q sees key k when ``k <= q`` (causal) and ``|q - k| < window``. Each visible pair lies in
-    exactly one slice.
-    """
-    if qa >= qb or ka >= kb:
-        return
-    reach = max(qb, kb) - min(qa, ka) + 1 if window is None else window
-    ahead = 0 if causal else reach - 1
-    # Row q sees [max(ka, q - reach + 1), min(kb, q + ahead + 1)): cut where either bound stops or starts moving.
-    corners = {qa, qb, ka - ahead, kb - ahead, ka + reach - 1, kb + reach - 1}
-    rows = sorted(corner for corner in corners if qa <= corner <= qb)
-    for top, bottom in pairwise(rows):
-        yield from _stripe(top, bottom, ka, kb, reach, ahead)
-
-
-def _stripe(top: int, bottom: int, ka: int, kb: int, reach: int, ahead: int) -> Iterator[Slice]:
-    """Slices of rows [top, bottom), within which each bound is either constant or moves one key per row."""
-    low, high = max(ka, top - reach + 1), min(kb, top + ahead + 1)
-    if low >= kb or high <= ka:
-        return
-    low_moves = bottom - reach > low
-    high_moves = min(kb, bottom + ahead) > high
-    height = bottom - top
-    if low_moves and high_moves and height >= high - low:
-        # The two triangles of a stripe must not meet: halve it until its rows share at least one key.
-        if high - low == 1:
-            for row in range(top, bottom):
-                yield Slice(row, row + 1, row - reach + 1, row - reach + 2, "full")
-            return
-        step = high - low - 1
-        for start in range(top, bottom, step):
-            yield from _stripe(start, min(start + step, bottom), ka, kb, reach, ahead)
-        return
-    inner_low, inner_high = low, high
-    if low_moves:
-        yield Slice(top, bottom, low, low + height, "anticausal")
-        inner_low = low + height
-    if high_moves:
-        yield Slice(top, bottom, high - 1, high - 1 + height, "causal")
-        inner_high = high - 1
-    if inner_low < inner_high:
-        yield Slice(top, bottom, inner_low, inner_high, "full")
-
-
-def _pieces(layout: Layout, rank: int, documents: Documents) -> dict[DocumentKey, list[Piece]]:
-    """Cut the runs of ``rank`` at document starts, for every row of the batch."""
-    found: dict[DocumentKey, list[Piece]] = {}
-    for row, starts in enumerate(documents):
-        offset = row * layout.sizes[rank]
-        bounds = (*starts, layout.length)
-        document = 0
-        for start, stop in layout.runs[rank]:
-            while start < stop:
-                while bounds[document + 1] <= start:
-                    document += 1
-                end = min(stop, bounds[document + 1])
-                found.setdefault((row, document), []).append(Piece(start, end, offset))
-                offset += end - start
-                start = end
-    return found
-
-
-def _moved(s: Slice, q: Piece, k: Piece) -> Slice:
-    """From global positions to flat local indices."""
-    dq, dk = q.offset - q.start, k.offset - k.start
-    return Slice(s.q_start + dq, s.q_end + dq, s.k_start + dk, s.k_end + dk, s.mask)
-
-
-def _coalesced(slices: list[Slice]) -> list[Slice]:
-    """Join full rectangles that share their queries and touch in their keys, then the other way round."""
-    by_keys = _join(slices, lambda s: (s.q_start, s.q_end, s.k_start), _join_keys)
-    return _join(by_keys, lambda s: (s.k_start, s.k_end, s.q_start), _join_queries)
-
-
-def _join(
-    slices: list[Slice], order: Callable[[Slice], tuple[int, ...]], pair: Callable[[Slice, Slice], Slice | None]
-) -> list[Slice]:
-    joined: list[Slice] = []
-    for s in sorted((s for s in slices if s.mask == "full"), key=order):
-        both = pair(joined[-1], s) if joined else None
-        if both:
-            joined[-1] = both
-        else:
-            joined.append(s)
-    return [s for s in slices if s.mask != "full"] + joined
-
-
-def _join_keys(a: Slice, b: Slice) -> Slice | None:
-    same = (a.q_start, a.q_end, a.k_end) == (b.q_start, b.q_end, b.k_start)
-    return Slice(a.q_start, a.q_end, a.k_start, b.k_end, "full") if same else None
-
-
-def _join_queries(a: Slice, b: Slice) -> Slice | None:
-    same = (a.k_start, a.k_end, a.q_end) == (b.k_start, b.k_end, b.q_start)
-    return Slice(a.q_start, b.q_end, a.k_start, a.k_end, "full") if same else None
+        return [cut_at_documents(self.keys, rank, self.documents) for rank in range(self.keys.degree)]

@@ -4,7 +4,7 @@ Which rows a step trains on depends on the step alone: rows [step * batch, (step
 the r-th R-th of them; each sequence rank reads only its own runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from longctx.model.head import IGNORED
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Layout
+from longctx.sequence.layout import Documents, Layout, Run
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -25,7 +25,7 @@ class RowSource(Protocol):
 
     def documents(self, row: int) -> tuple[int, ...]: ...
 
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]: ...
+    def read(self, row: int, runs: Sequence[Run]) -> tuple[Int64Array, Int64Array]: ...
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,23 @@ def step_rows(step: int, batch: int, mesh: Mesh) -> range:
 
 
 def read_micro_batches(
-    source: RowSource, rows: range, micro_batch: int, layout: Layout, mesh: Mesh
+    source: RowSource, rows: range, micro_batch: int, layout_of: Callable[[Documents], Layout], mesh: Mesh
 ) -> list[MicroBatch]:
-    """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time."""
+    """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time.
+
+    ``layout_of`` cuts each micro-batch by the documents of its rows. All ranks of a sequence know these, so they agree
+    on the layout without a message.
+    """
     groups = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
-    return [_read(source, group, layout, mesh) for group in groups]
+    return [_read(source, group, layout_of, mesh) for group in groups]
 
 
-def _read(source: RowSource, rows: range, layout: Layout, mesh: Mesh) -> MicroBatch:
-    rank = mesh.sequence.rank
-    read = [source.read(row, layout.runs[rank]) for row in rows]
-    indices = layout.indices(rank)
+def _read(source: RowSource, rows: range, layout_of: Callable[[Documents], Layout], mesh: Mesh) -> MicroBatch:
+    documents = tuple(source.documents(row) for row in rows)
+    context = SequenceContext(mesh.sequence, layout_of(documents), documents)
+    read = [source.read(row, context.layout.runs[context.rank]) for row in rows]
+    indices = context.layout.indices(context.rank)
     data_hash = sum(_hash(tokens, row, indices) for row, (tokens, _) in zip(rows, read, strict=True))
-    context = SequenceContext(mesh.sequence, layout, tuple(source.documents(row) for row in rows))
     tokens_BT, labels_BT = (torch.from_numpy(np.stack([pair[i] for pair in read])) for i in (0, 1))
     return MicroBatch(tokens_BT, labels_BT, context, data_hash)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from longctx.config.schema import Config, Model
 from longctx.errors import LongctxError
 from longctx.runtime.mesh import Mesh
-from longctx.sequence.layout import LAYOUTS, Layout
+from longctx.sequence.layout import LAYOUTS, Documents, Layout
 from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
 from longctx.train.engine import Engine
 from longctx.train.flops import flops_per_token, peak_flops
@@ -66,9 +66,10 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
 
-    @property
-    def layout(self) -> Layout:
-        return LAYOUTS[self.config.sequence.layout](self.config.sequence.length, self.mesh.sequence.size)
+    def layout(self, documents: Documents) -> Layout:
+        """How rows with these documents are cut over the ranks of a sequence."""
+        sequence = self.config.sequence
+        return LAYOUTS[sequence.layout](sequence.length, self.mesh.sequence.size, documents)
 
     def run(self) -> None:
         """Train to the end.

@@ -22,7 +22,7 @@ def run(seed: int, again: bool) -> list[torch.Tensor]:
     weight = torch.randn(24, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     sink = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
     context = SequenceContext.single(1, 11, ((0, 4),))
-    region = context.keeping() if again else context
+    region = context.keeping(Kept()) if again else context
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         q, k, v = (x @ weight).split([16, 8, 8], dim=-1)

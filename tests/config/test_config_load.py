@@ -122,7 +122,7 @@ def test_every_fault_is_reported_once_with_line_and_advice(tmp_path: Path) -> No
             "a.yaml:5: data.sources.0.weigth is no valid key; did you mean data.sources.0.weight?",
             "a.yaml:6: data.seed is -1 but should be greater than or equal to 0",
             "a.yaml:8: sequence.length: '4kk' is not a whole number; write for example 4096, 4_096, 128k, 1Mi or 2^20",
-            "a.yaml:9: sequence.layout is 'zigzga'; choices: 'contiguous' or 'zigzag'",
+            "a.yaml:9: sequence.layout is 'zigzga'; choices: 'contiguous', 'zigzag', 'striped' or 'balanced'",
             "a.yaml:10: train.steps is missing",
             "a.yaml:11: train.stpes is no valid key; did you mean train.steps?",
             "a.yaml:12: train.lr is inf but should be a finite number",

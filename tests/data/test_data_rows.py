@@ -19,6 +19,7 @@ from longctx.data.mixture import BLOCK, PERIOD, Mixture
 from longctx.data.order import DocumentOrder, seeded_permutation
 from longctx.data.rows import IGNORE, Rows
 from longctx.errors import DataError
+from longctx.sequence.layout import LAYOUTS, Run
 
 STRIDE = 1_000_000
 GOLDEN = [6, 9, 4, 0, 7, 8, 2, 1, 3, 5]
@@ -81,7 +82,7 @@ def test_an_epoch_holds_every_document_once(lengths: list[int], length: int, see
     for epoch in range(2):
         stream: list[int] = []
         for row in range(epoch * rows.num_rows_per_epoch, (epoch + 1) * rows.num_rows_per_epoch):
-            tokens, labels = rows.read(row, [(0, length)])
+            tokens, labels = rows.read(row, [Run(0, length)])
             assert tokens.dtype == labels.dtype == np.int64
             assert labels.tolist() == expected_labels(tokens, lengths)
             starts = [i for i, token in enumerate(tokens) if i == 0 or token % STRIDE == 0]
@@ -101,12 +102,27 @@ def test_any_runs_of_a_row_equal_the_whole_row(data: st.DataObject, lengths: lis
     length = data.draw(st.integers(1, sum(lengths)))
     rows = make_rows(lengths, length, seed)
     row = data.draw(st.integers(0, 3 * rows.num_rows_per_epoch))
-    tokens, labels = rows.read(row, [(0, length)])
-    bounds = st.tuples(st.integers(0, length), st.integers(0, length)).map(lambda pair: (min(pair), max(pair)))
-    runs = data.draw(st.lists(bounds, max_size=5))
+    tokens, labels = rows.read(row, [Run(0, length)])
+    bounds = st.tuples(st.integers(0, length), st.integers(0, length), st.integers(1, 9))
+    runs = data.draw(st.lists(bounds.map(lambda drawn: Run(*sorted(drawn[:2]), drawn[2])), max_size=5))
     got_tokens, got_labels = rows.read(row, runs)
-    assert got_tokens.tolist() == [token for start, stop in runs for token in tokens[start:stop]]
-    assert got_labels.tolist() == [label for start, stop in runs for label in labels[start:stop]]
+    assert got_tokens.dtype == got_labels.dtype == np.int64
+    assert got_tokens.tolist() == [token for run in runs for token in tokens[slice(*run)]]
+    assert got_labels.tolist() == [label for run in runs for label in labels[slice(*run)]]
+
+
+@relaxed
+@given(data=st.data(), lengths=lengths_lists, degree=st.integers(1, 5), name=st.sampled_from(sorted(LAYOUTS)))
+def test_the_ranks_of_any_layout_read_the_row_once(
+    data: st.DataObject, lengths: list[int], degree: int, name: str
+) -> None:
+    length = data.draw(st.integers(1, sum(lengths)))
+    rows = make_rows(lengths, length, 3)
+    layout = LAYOUTS[name](length, degree, (rows.documents(0),))
+    whole = rows.read(0, [Run(0, length)])
+    for rank, runs in enumerate(layout.runs):
+        for part, all_ in zip(rows.read(0, runs), whole, strict=True):
+            assert part.tolist() == all_[layout.indices(rank)].tolist()
 
 
 def test_only_the_runs_and_one_more_token_are_read() -> None:
@@ -114,7 +130,7 @@ def test_only_the_runs_and_one_more_token_are_read() -> None:
     rows = Rows([(corpus, source())], 2000, seed=0)
     rows.documents(1)
     assert corpus.tokens_read == 0
-    rows.read(1, [(10, 30), (500, 600)])
+    rows.read(1, [Run(10, 30), Run(500, 600)])
     assert corpus.tokens_read <= 20 + 1 + 100 + 1
 
 
@@ -127,11 +143,11 @@ def test_rows_are_a_pure_function_of_seed_and_row() -> None:
         return Rows(pairs, 17, seed=5)
 
     sequential = rows()
-    wanted = [sequential.read(row, [(0, 17)])[0].tolist() for row in range(3000)]
+    wanted = [sequential.read(row, [Run(0, 17)])[0].tolist() for row in range(3000)]
     random_access = rows()
     for row in np.random.default_rng(0).permutation(3000)[:300]:
-        assert random_access.read(int(row), [(0, 17)])[0].tolist() == wanted[row]
-    assert rows().read(2999, [(0, 17)])[0].tolist() == wanted[2999]
+        assert random_access.read(int(row), [Run(0, 17)])[0].tolist() == wanted[row]
+    assert rows().read(2999, [Run(0, 17)])[0].tolist() == wanted[2999]
 
 
 def test_seeds_epochs_and_sources_give_different_orders() -> None:
@@ -226,7 +242,7 @@ def test_small_weights_are_read_in_time_or_refused() -> None:
 def test_rows_of_a_mixture_come_from_their_sources() -> None:
     corpora = [FakeCorpus([7] * 30), FakeCorpus([5] * 30, base=100)]
     rows = Rows([(corpora[0], source(3.0)), (corpora[1], source(1.0))], 12, seed=1)
-    firsts = np.array([rows.read(row, [(0, 12)])[0] // STRIDE >= 100 for row in range(BLOCK)])
+    firsts = np.array([rows.read(row, [Run(0, 12)])[0] // STRIDE >= 100 for row in range(BLOCK)])
     assert (firsts.all(axis=1) | ~firsts.any(axis=1)).all()
     assert firsts[:, 0].sum() == BLOCK // 4
     assert rows.num_rows_per_epoch == 30 * 7 // 12 + 30 * 5 // 12
@@ -247,7 +263,7 @@ def test_rows_of_a_built_corpus(build: object, texts_folder: Path, tmp_path: Pat
     corpus = open_corpus(folder)
     assert len(corpus.shards) > 3
     rows = Rows([(corpus, source())], 64, 0, shuffle=False)
-    stream = np.concatenate([rows.read(row, [(0, 64)])[0] for row in range(rows.num_rows_per_epoch)])
+    stream = np.concatenate([rows.read(row, [Run(0, 64)])[0] for row in range(rows.num_rows_per_epoch)])
     bins = [np.fromfile(folder / f"{shard.name}.bin", "<u2") for shard in corpus.shards]
     assert stream.tolist() == np.concatenate(bins)[: len(stream)].tolist()
 

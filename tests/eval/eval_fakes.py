@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import Run
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -138,7 +139,7 @@ class SuccessorRows:
     def documents(self, row: int) -> tuple[int, ...]:
         return self.starts[row]
 
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> tuple[Int64Array, Int64Array]:
+    def read(self, row: int, runs: Sequence[Run]) -> tuple[Int64Array, Int64Array]:
         tokens_S = (np.arange(self.length, dtype=np.int64) + 7 * row) % self.vocab_size
         labels_S = (tokens_S + 1) % self.vocab_size
         for start in self.starts[row][1:]:

@@ -11,7 +11,7 @@ from eval_fakes import ArrayCorpus, SuccessorModel, SuccessorRows
 from longctx.errors import LongctxError
 from longctx.eval.perplexity import by_position, context_gain
 from longctx.runtime.mesh import Group, Mesh, alone
-from longctx.sequence.layout import LAYOUTS
+from longctx.sequence.layout import LAYOUTS, Run
 
 V = 11
 LENGTH = 97
@@ -68,7 +68,7 @@ def test_known_probabilities_give_exact_perplexity_by_bin() -> None:
 def test_bits_per_byte_counts_the_bytes_of_the_targets() -> None:
     result = score(alone())
     rows = SuccessorRows(LENGTH, STARTS, V)
-    labels = [label for row in range(len(STARTS)) for label in rows.read(row, [(0, LENGTH)])[1] if label >= 0]
+    labels = [label for row in range(len(STARTS)) for label in rows.read(row, [Run(0, LENGTH)])[1] if label >= 0]
     expected = sum(2 if label == 10 else 1 for label in labels)
     assert result["bytes"] == expected
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * len(labels) / math.log(2) / expected, rel=1e-12)
@@ -80,7 +80,7 @@ def test_shards_add_up_to_the_whole(degree: int, layout: str) -> None:
     whole = {entry["start"]: entry for entry in score(alone())["bins"]}
     sums, counts = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0)
     for rank in range(degree):
-        if LAYOUTS[layout](LENGTH, degree).sizes[rank] == 0:
+        if all(LAYOUTS[layout](LENGTH, degree, (starts,)).sizes[rank] == 0 for starts in STARTS):
             continue
         for entry in score(shard_mesh(rank, degree), layout=layout)["bins"]:
             sums[entry["start"]] += entry["nll"]

@@ -27,6 +27,7 @@ ORDER = (
     "eval",
     "report",
     "demo",
+    "bench",
     "cli",
     "__main__",
 )
@@ -35,7 +36,7 @@ ORDER = (
 STRANGERS = {("data", "model"), ("data", "runtime"), ("report", "train"), ("report", "model")}
 """Rooms that do not know each other although their order would allow it."""
 
-MAY_COMMUNICATE = ("runtime", "sequence.collectives", "train", "checkpoint", "eval")
+MAY_COMMUNICATE = ("runtime", "sequence.collectives", "train", "checkpoint", "eval", "bench")
 MAX_LINES = 500
 
 _UNSAFE_PACKAGES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}

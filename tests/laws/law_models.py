@@ -38,7 +38,7 @@ class Decoder:
         return CausalLM(model_config(Case(model=layers)), seed=self.seed, **options).to(self.dtype)
 
     def context(self, group: Group) -> SequenceContext:
-        return SequenceContext(group, LAYOUTS[self.layout](self.length, group.size), self.documents)
+        return SequenceContext(group, LAYOUTS[self.layout](self.length, group.size, self.documents), self.documents)
 
 
 def random_tokens(decoder: Decoder, seed: int) -> Tensor:

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Answer, Problem, context_of, inputs, random_documents, random_problem, run_here
-from law_models import VOCABULARY, Decoder, logits_of, random_tokens, sequence_group
+from attention_cases import Answer, Problem, context_of, groups_of, inputs, random_documents, random_problem, run_here
+from law_models import VOCABULARY, Decoder, logits_of, random_tokens
 from pool import Pool
 from torch import Tensor
+
+from longctx.sequence.layout import LAYOUTS
 
 
 def document_end(starts: tuple[int, ...], token: int, length: int) -> int:
@@ -27,7 +29,7 @@ def random_decoder(rng: random.Random) -> Decoder:
     return Decoder(
         length,
         random_documents(rng, 2, length),
-        rng.choice(["zigzag", "contiguous"]),
+        rng.choice(sorted(LAYOUTS)),
         rng.choice([torch.float64, torch.float32]),
         rng.randrange(1000),
         rng.choice([None, 4]),
@@ -61,9 +63,8 @@ def changed_token(tokens_BS: Tensor, row: int, j: int, rng: random.Random) -> Te
 
 def perturbed_here(problems: list[tuple[Problem, int]]) -> list[list[tuple[int, Answer]]]:
     """For every problem: answers to the plain inputs, to token j's q, k, v changed, to token j's dout changed."""
-    group = sequence_group()
     found = []
-    for problem, j in problems:
+    for (problem, j), group in zip(problems, groups_of([p for p, _ in problems]), strict=True):
         answers = []
         for which in (None, slice(0, 3), slice(3, 4)):
             whole = list(inputs(problem))

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from attention_cases import Answer, Problem, context_of, inputs, random_documents, random_problem, run_here
-from law_models import VOCABULARY, Decoder, logits_of, random_tokens, sequence_group
+from attention_cases import Answer, Problem, context_of, groups_of, inputs, random_documents, random_problem, run_here
+from law_models import VOCABULARY, Decoder, logits_of, random_tokens
 from pool import Pool
 from torch import Tensor
 
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import AttentionPlan
 
 CHANGES = ("other", "nan", "inf")
@@ -56,9 +57,8 @@ class LeakyContext(SequenceContext):
 
 def answers_here(jobs: list[tuple[Problem, Document, str]], leaky: bool = False) -> list[tuple[Answer, Answer]]:
     """Answers to the plain inputs and to those with one document's q, k, v and dout changed."""
-    group = sequence_group()
     found = []
-    for problem, document, change in jobs:
+    for (problem, document, change), group in zip(jobs, groups_of([job[0] for job in jobs]), strict=True):
         context = context_of(problem, group)
         if leaky:
             context = LeakyContext(group, context.layout, context.documents)
@@ -111,7 +111,7 @@ def test_the_decoder_isolates_documents(pool: Pool, seed: int, dtype: torch.dtyp
         for _ in range(4):
             length = rng.choice([2, 7, 19, 32, 41])
             documents = tuple(tuple(sorted({0, *rng.sample(range(length), 2)})) for _ in range(2))
-            layout, window = rng.choice(["zigzag", "contiguous"]), rng.choice([None, 5])
+            layout, window = rng.choice(sorted(LAYOUTS)), rng.choice([None, 5])
             decoder = Decoder(length, documents, layout, dtype, rng.randrange(1000), window)
             document = random_document(rng, documents, length)
             plain = random_tokens(decoder, rng.randrange(2**31))

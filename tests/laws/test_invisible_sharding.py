@@ -7,6 +7,8 @@ import pytest
 from pool import Pool
 from training import Case, assert_same_training, train
 
+from longctx.sequence.layout import LAYOUTS
+
 TIED = {"tie_embeddings": True, "qk_norm": True, "qkv_bias": True}
 
 
@@ -26,7 +28,7 @@ def test_random_shapes_agree(pool: Pool, seed: int, round_: int) -> None:
     kv_heads = rng.choice([1, 2, 3])
     case = Case(
         length=rng.choice([1, 2, 3, 5, 17, 31, 64, 97]),
-        layout=rng.choice(["zigzag", "contiguous"]),
+        layout=rng.choice(sorted(LAYOUTS)),
         batch=6,
         micro_batch=rng.choice([1, 3]),
         seed=rng.randrange(1000),
@@ -41,6 +43,16 @@ def test_random_shapes_agree(pool: Pool, seed: int, round_: int) -> None:
     for world, degree in ((2, 2), (3, 3), (4, 2)):
         # A data rank must get whole micro-batches: 6 rows over 2 data ranks of 3 or 1.
         found = pool.run(train, world, replace(case, degree=degree))[0]
+        assert_same_training(found, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("layout", ["striped", "balanced"])
+def test_layouts_of_many_pieces_agree(pool: Pool, seed: int, layout: str) -> None:
+    """Micro-batches of two rows, whose documents decide together how balanced cuts them, and differently each time."""
+    case = Case(length=97, layout=layout, batch=4, micro_batch=2, seed=seed % 1000)
+    (wanted,) = pool.run(train, 1, case)
+    for degree in (2, 3):
+        found = pool.run(train, degree, replace(case, degree=degree))[0]
         assert_same_training(found, wanted, 1e-10)
 
 

@@ -1,5 +1,6 @@
 """Law 6: what the ranks send is what was planned, every send has its receive, and totals equal the formulas."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,23 +13,25 @@ from attention_cases import Problem, context_of, random_problem, run_here, solve
 from law_models import Decoder, random_tokens, sequence_group
 from pool import Pool
 
-from longctx.attention.ring import planned_traffic
-from longctx.runtime.mesh import Group
+from longctx.attention.schemes import SCHEMES
+from longctx.attention.traffic import Call, planned_passes, planned_traffic
+from longctx.runtime.mesh import folded
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import AttentionPlan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def plan_of(problem: Problem, world: int) -> AttentionPlan:
-    return context_of(problem, Group(0, tuple(range(world)))).plan(problem.causal, problem.window)
+def call_of(problem: Problem) -> Call:
+    return Call(problem.heads, problem.kv_heads, problem.head_dim, problem.dtype, problem.causal, problem.window)
 
 
 def planned(problem: Problem, world: int) -> list[list[Transfer]]:
-    plan = plan_of(problem, world)
-    ranks = range(world)
-    return [planned_traffic(plan, rank, problem.kv_heads, problem.head_dim, problem.dtype) for rank in ranks]
+    inner = math.gcd(problem.inner, world)
+    contexts = [context_of(problem, folded(rank, world, inner)) for rank in range(world)]
+    return [planned_traffic(context, call_of(problem)) for context in contexts]
 
 
 def assert_sends_are_received(ranks: Sequence[Sequence[Transfer]]) -> None:
@@ -49,7 +52,9 @@ def sent(transfers: Sequence[Transfer]) -> int:
 def test_every_rank_sends_exactly_what_was_planned(pool: Pool, seed: int) -> None:
     rng = random.Random(seed)
     for world in (2, 3, 4):
-        problems = [replace(random_problem(rng), dtype=rng.choice(DTYPES)) for _ in range(20)]
+        problems = [replace(random_problem(rng), dtype=rng.choice(DTYPES)) for _ in range(30)]
+        # Every scheme, also where it travels with queries (no grouped heads) and where heads do not divide.
+        problems += [replace(p, scheme=s, kv_heads=p.heads) for p, s in zip(problems, SCHEMES, strict=False)]
         for problem, answer in zip(problems, solve(pool, world, problems), strict=True):
             assert [list(transfers) for transfers in answer.transfers] == planned(problem, world), problem
             assert_sends_are_received(answer.transfers)
@@ -146,18 +151,49 @@ def watched_step_here(decoder: Decoder, recompute: bool) -> tuple[list[Transfer]
     return ledger.transfers, seen
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_scheme_costs_its_formula(pool: Pool, dtype: torch.dtype) -> None:
+    batch, heads, kv_heads, head_dim, world = 2, 8, 4, 8, 4
+    problem = Problem(world * 6, ((0,),) * batch, heads, kv_heads, head_dim, dtype=dtype, layout="contiguous")
+    rows, item, wide = batch * 6, dtype.itemsize, max(dtype.itemsize, 4)
+    kv, kv_gradient = rows * 2 * kv_heads * head_dim * item, rows * 2 * kv_heads * head_dim * wide
+    output, exchanged = rows * heads * head_dim * item, rows * (heads + 2 * kv_heads) * head_dim * item
+    wanted = {
+        # All but the own share of queries, keys and values leaves, the output comes back; the same in the backward.
+        "ulysses": 2 * (exchanged + output) * (world - 1) // world,
+        # The same within pairs; half of the heads of two ranks' tokens go around a ring of two.
+        "hybrid": 2 * (exchanged + output) // 2 + 2 * kv + kv_gradient,
+        "ring": (world - 1) * (2 * kv + kv_gradient),
+        "double_ring": (world - 1) * (2 * kv + kv_gradient),
+        "allgather": (world - 1) * (kv + kv_gradient),
+    }
+    assert set(wanted) == set(SCHEMES)
+    for scheme, total in wanted.items():
+        (answer,) = solve(pool, world, [replace(problem, scheme=scheme, causal=False)])
+        assert [sent(transfers) for transfers in answer.transfers] == [total] * world, scheme
+
+
+def test_without_grouped_heads_queries_travel_in_half_precision(pool: Pool) -> None:
+    problem = Problem(24, heads=4, kv_heads=4, head_dim=8, dtype=torch.bfloat16, causal=False)
+    rows, numbers = 6, 4 * 8
+    keys = rows * 2 * numbers * 2
+    queries = rows * (2 * numbers * 2 + 2 * 4 * 4 + numbers * 4)
+    (answer,) = solve(pool, 4, [problem])
+    assert [sent(transfers) for transfers in answer.transfers] == [3 * (keys + queries)] * 4
+    assert queries < keys + rows * 2 * numbers * 4
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_a_step_of_the_decoder_costs_its_layers_and_nothing_else(pool: Pool, layout: str, recompute: bool) -> None:
     decoder = Decoder(29, ((0,), (0, 11)), layout, torch.float32, window=4)
     for world in (2, 3):
-        plans = [plan_of(Problem(29, decoder.documents, layout=layout, window=window), world) for window in (4, None)]
         for rank, (ledger, seen) in enumerate(pool.run(watched_step_here, world, decoder, recompute)):
             # Three kv heads of four numbers, fp32; the backward visits the layers in reverse.
             forward, backward = [], []
-            for plan in plans:
-                once = planned_traffic(plan, rank, 3, 4, torch.float32)
-                count = sum(t.kind == "ring" for t in once) // 2
-                forward, backward = forward + once[:count], once[count:] + backward
+            context = context_of(Problem(29, decoder.documents, layout=layout), folded(rank, world, 1))
+            for window in (4, None):
+                there, back = planned_passes(context, Call(6, 3, 4, torch.float32, window=window))
+                forward, backward = forward + there, back + backward
             assert ledger == forward + backward
             assert seen == [(t.direction, t.peer, t.bytes) for t in ledger]

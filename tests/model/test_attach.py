@@ -14,7 +14,7 @@ from longctx.errors import UnsupportedError
 from longctx.model.attach_attention import NAME, PlannedMask, attend, plan_mask
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Layout
+from longctx.sequence.layout import contiguous
 
 LENGTH = 23
 
@@ -204,7 +204,7 @@ def test_calls_that_contradict_a_context_are_refused(llama: Any, seed: int, name
 def test_tokens_that_do_not_fit_the_context_are_refused(llama: Any, seed: int) -> None:
     with pytest.raises(ValueError, match=r"context of 2 rows of 5 local tokens; give it context\.shard"):
         llama(tokens(seed), longctx=SequenceContext.single(2, 5))
-    context = SequenceContext(Group(0, (0, 1)), Layout(1, (((0, 1),), ())), ((0,), (0,)))
+    context = SequenceContext(Group(0, (0, 1)), contiguous(1, 2), ((0,), (0,)))
     with pytest.raises(UnsupportedError, match="leave one of 2 ranks without any"):
         llama(tokens(seed, 1), longctx=context)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from training import RandomRows
 
 from longctx.runtime.mesh import Group, Mesh
-from longctx.sequence.layout import LAYOUTS
+from longctx.sequence.layout import LAYOUTS, Run
 from longctx.train.batches import MicroBatch, read_micro_batches, step_rows
 
 
@@ -28,12 +29,12 @@ class Watched:
     """Rows that note what is read."""
 
     rows: RandomRows
-    read_runs: list[tuple[int, Sequence[tuple[int, int]]]] = field(default_factory=list)
+    read_runs: list[tuple[int, Sequence[Run]]] = field(default_factory=list)
 
     def documents(self, row: int) -> tuple[int, ...]:
         return self.rows.documents(row)
 
-    def read(self, row: int, runs: Sequence[tuple[int, int]]) -> Any:
+    def read(self, row: int, runs: Sequence[Run]) -> Any:
         self.read_runs.append((row, runs))
         return self.rows.read(row, runs)
 
@@ -44,7 +45,8 @@ def read_all(length: int, world: int, degree: int, layout: str, batch: int, micr
         place = mesh(rank, world, degree)
         watched = Watched(RandomRows(length, 61, seed))
         rows = step_rows(3, batch, place)
-        found.append((place, read_micro_batches(watched, rows, micro, LAYOUTS[layout](length, degree), place), watched))
+        layout_of = partial(LAYOUTS[layout], length, degree)
+        found.append((place, read_micro_batches(watched, rows, micro, layout_of, place), watched))
     return found
 
 
@@ -58,7 +60,7 @@ def test_data_ranks_share_the_rows_of_a_step(world: int, degree: int, batch: int
         assert together == list(range(step * batch, (step + 1) * batch))
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize(
     "length, world, degree", [(37, 1, 1), (37, 2, 2), (37, 6, 3), (5, 4, 4), (2, 3, 3), (64, 4, 1)]
 )
@@ -77,6 +79,20 @@ def test_a_rank_reads_only_its_own_runs() -> None:
     for place, _, watched in read_all(37, 6, 3, "zigzag", 4, 2, seed=1):
         assert [row for row, _ in watched.read_runs] == list(step_rows(3, 4, place))
         assert all(runs == layout.runs[place.sequence.rank] for _, runs in watched.read_runs)
+
+
+def test_each_micro_batch_is_cut_by_its_own_documents() -> None:
+    """All ranks of a sequence, and no others, must come to the same layout of the same rows."""
+    found = read_all(2048, 4, 2, "balanced", 6, 1, seed=6)
+    layouts = [[batch.context.layout for batch in batches] for _, batches, _ in found]
+    assert layouts[0] == layouts[1] != layouts[2] == layouts[3]
+    assert len(set(layouts[0])) > 1
+    for _, batches, watched in found:
+        for batch, (row, runs) in zip(batches, watched.read_runs, strict=True):
+            context = batch.context
+            assert context.documents == (watched.documents(row),)
+            assert context.layout == LAYOUTS["balanced"](2048, 2, context.documents)
+            assert runs == context.layout.runs[context.rank]
 
 
 def test_micro_batches_hold_their_rows_and_documents() -> None:
@@ -104,8 +120,8 @@ def test_the_hash_notices_one_token_a_swap_and_another_row() -> None:
             return np.array(self.tokens), np.array(self.tokens)
 
     def digest(tokens: tuple[int, ...], row: int = 0) -> int:
-        layout = LAYOUTS["contiguous"](len(tokens), 1)
-        (batch,) = read_micro_batches(Fixed(tokens), range(row, row + 1), 1, layout, mesh(0, 1, 1))
+        layout_of = partial(LAYOUTS["contiguous"], len(tokens), 1)
+        (batch,) = read_micro_batches(Fixed(tokens), range(row, row + 1), 1, layout_of, mesh(0, 1, 1))
         return batch.data_hash
 
     digests = [digest((1, 2, 3)), digest((1, 2, 4)), digest((2, 1, 3)), digest((1, 2, 3), row=1), digest((1, 2, 3, 0))]

@@ -21,6 +21,7 @@ from longctx.model.decoder import CausalLM
 from longctx.model.hf import load_hf, save_hf
 from longctx.runtime.mesh import alone, build_mesh
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import Run
 from longctx.train.callbacks import MetricsFile, TensorBoard, Validation
 from longctx.train.schedule import learning_rate
 from longctx.train.setup import build_trainer
@@ -235,7 +236,7 @@ def by_hand(small: SmallCorpus, model: CausalLM, rows_count: int) -> tuple[float
     rows = Rows([(open_corpus(small.corpus, "valid"), config.data.sources[0])], 48, 0, shuffle=False)
     total, count = 0.0, 0
     for row in range(min(rows_count, rows.num_rows_per_epoch)):
-        tokens, labels = (torch.from_numpy(part)[None] for part in rows.read(row, [(0, 48)]))
+        tokens, labels = (torch.from_numpy(part)[None] for part in rows.read(row, [Run(0, 48)]))
         context = SequenceContext.single(1, 48, documents=(rows.documents(row),))
         with torch.no_grad():
             logits_BTV = model.double().logits(model(tokens, context).hidden_BTD)

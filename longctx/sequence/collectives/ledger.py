@@ -7,7 +7,7 @@ Direction = Literal["send", "receive"]
 
 
 class Transfer(NamedTuple):
-    """One message of this rank: ``peer`` is a rank inside the group, ``bytes`` the payload."""
+    """One message of this rank: ``peer`` is a rank of the world, ``bytes`` the payload."""
 
     kind: str
     direction: Direction

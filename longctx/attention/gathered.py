@@ -1,0 +1,60 @@
+"""Attention with all keys and values on every rank: one gather, no ring. For short keys, or as their one reader.
+
+Llama 3's context parallelism (arXiv 2407.21783, 3.3.2). Holds O(S) keys and values per rank, forward to backward.
+
+Legend: N query rows, M key rows of all ranks, H query heads, K kv heads, E head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from longctx.attention.kernels import Kernel, Scoring
+from longctx.attention.local import Partial, gradients
+from longctx.attention.merge import add_sink_, sink_gradient
+from longctx.sequence.collectives.gather import GatherRows
+from longctx.sequence.plan import AttentionPlan
+
+
+class GatheredCall:
+    """Everything about one call that is no tensor: a plan over one source of keys, and how they come together."""
+
+    def __init__(self, plan: AttentionPlan, rank: int, rows: GatherRows, kernel: Kernel, scoring: Scoring) -> None:
+        self.slices = plan.slices(rank, 0)
+        self.rows, self.kernel, self.scoring = rows, kernel, scoring
+
+
+class GatheredAttention(torch.autograd.Function):
+    """q_NHE, own k and v, sink_H -> out_NHE. Saves the gathered keys and values, so nothing is gathered twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NHE: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_H: torch.Tensor | None,
+        call: GatheredCall,
+    ) -> torch.Tensor:  # fmt: skip
+        kv_M2KE = call.rows.gather(torch.stack((k, v), dim=1))
+        partial = Partial.empty(q_NHE)
+        partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
+        if sink_H is not None:
+            add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
+        out_NHE = partial.out_NHE.to(q_NHE.dtype)
+        ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, partial.lse_NH)
+        ctx.call = call
+        return out_NHE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call: GatheredCall = ctx.call
+        q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
+        dsink_H = None
+        if sink_H is not None:
+            dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H).to(sink_H.dtype)
+        dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
+        dkv_M2KE = gradients(
+            dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring,
+            dq_NHE,
+        )  # fmt: skip
+        own = call.rows.scatter_sum(dkv_M2KE).to(kv_M2KE.dtype)
+        return dq_NHE.to(q_NHE.dtype), own[:, 0], own[:, 1], dsink_H, None

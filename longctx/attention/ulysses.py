@@ -1,0 +1,83 @@
+"""Ulysses and hybrid attention: exchange tokens for heads inside a group, attend, exchange back.
+
+DeepSpeed-Ulysses (arXiv 2309.14509) where the group is all ranks of the sequence; USP's two dimensions (arXiv
+2405.07719) where it is the inner group and a ring runs over the outer one. Heads need not divide the group: every rank
+gets a nearly equal range of query heads, possibly none, and the kv heads these need.
+
+Legend: B batch, T local tokens, U tokens of the inner group, H query heads, K kv heads, E head dim.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longctx.sequence.collectives.transpose import Heads, Transposition
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""q_BTHE, k_BTKE, v_BTKE, sink_H."""
+
+
+class Attend(Protocol):
+    """Attention over the inner group's tokens, for some of the heads: [B, U, H, E]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Ranges of query and kv heads of every rank.
+
+    ``index[r]``: which of rank r's kv heads each of its groups of equally many query heads uses.
+    """
+
+    queries: Heads
+    keys: Heads
+    index: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(heads: int, kv_heads: int, size: int) -> "HeadShare":
+        """Nearly equal shares of query heads over ``size`` ranks."""
+        group = heads // kv_heads
+        queries = tuple((heads * r // size, heads * (r + 1) // size) for r in range(size))
+        keys = tuple((a // group, -(-b // group)) if a < b else (0, 0) for a, b in queries)
+        return HeadShare(queries, keys, tuple(_index(a, b, group) for a, b in queries))
+
+
+def _index(start: int, stop: int, group: int) -> tuple[int, ...]:
+    """Query heads [start, stop) in groups as large as the borders between kv heads allow; each group's kv head."""
+    borders = [start, *range((start // group + 1) * group, stop, group), stop]
+    step = math.gcd(*(b - a for a, b in pairwise(borders)))
+    return tuple(head // group - start // group for head in range(start, stop, step)) if step else ()
+
+
+def exchanged(
+    attend: Attend, operands: Operands, plan: Transposition, share: HeadShare,
+    order: npt.NDArray[np.int64] | None, back: npt.NDArray[np.int64] | None,
+) -> Tensor:  # fmt: skip
+    """Attention output [B, T, H, E] of this rank's tokens.
+
+    Args:
+        order: the n-th token for ``attend`` is the order[n]-th of the group's tokens rank after rank; ``back`` is its
+            inverse. None: the same order.
+    """
+    sink_H = operands[3]
+    q_BUHE, k_BUKE, v_BUKE = (_arranged(t, 1, order) for t in plan.to_heads(*operands[:3]))
+    own = slice(*share.queries[plan.group.rank])
+    if not q_BUHE.shape[2]:
+        # No head is left for this rank, but its share of the exchange, and the sink, must stay in the graph.
+        return plan.to_tokens(q_BUHE if sink_H is None else q_BUHE + sink_H[own, None])
+    index = share.index[plan.group.rank]
+    if index != tuple(range(k_BUKE.shape[2])):
+        k_BUKE, v_BUKE = (_arranged(t, 2, np.array(index)) for t in (k_BUKE, v_BUKE))
+    out_BUHE = attend(q_BUHE, k_BUKE, v_BUKE, None if sink_H is None else sink_H[own])
+    return plan.to_tokens(_arranged(out_BUHE, 1, back))
+
+
+def _arranged(x: Tensor, dimension: int, order: npt.NDArray[np.int64] | None) -> Tensor:
+    return x if order is None else x.index_select(dimension, torch.from_numpy(order).to(x.device))

@@ -1,0 +1,86 @@
+"""A process of a benchmark: joins its world, then measures what it is told, one JSON line for another.
+
+Started by :mod:`longctx.bench.crew` as ``python -m longctx.bench.worker``; the first line is the :class:`Post`.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.bench.problem import Shape, measured
+from longctx.runtime.mesh import Group, alone, build_mesh
+
+
+@dataclass(frozen=True)
+class Post:
+    """Place of a process in a world of ``world`` ranks of ``threads`` threads each that meets in the file ``store``."""
+
+    rank: int
+    world: int
+    threads: int
+    store: str
+    inner: int
+
+    def line(self) -> str:
+        """As the first line a process reads."""
+        return json.dumps(asdict(self))
+
+
+def main() -> int:
+    """Serve until the input ends."""
+    post = Post(**json.loads(sys.stdin.readline()))
+    torch.set_num_threads(post.threads)
+    group = _join(post)
+    for line in sys.stdin:
+        order: dict[str, Any] = json.loads(line)
+        print(json.dumps(_carry_out(order, group)), flush=True)
+    if post.world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def _join(post: Post) -> Group:
+    if post.world == 1:
+        return alone().sequence
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.init_process_group("gloo", f"file://{post.store}", rank=post.rank, world_size=post.world)
+    return build_mesh(post.world, torch.device("cpu"), 600, post.inner).sequence
+
+
+def _carry_out(order: dict[str, Any], group: Group) -> dict[str, float]:
+    """Seconds of the ``repeats`` last runs, and how much memory the first one took beyond its inputs."""
+    run = measured(Shape(**order["shape"]), order["contender"], group)
+    before = _reset_peak()
+    run()
+    extra = _peak() - before
+    seconds = []
+    for _ in range(order["repeats"]):
+        if group.size > 1:
+            dist.barrier(group=group.handle)
+        seconds.append(run())
+    return {"seconds": sum(seconds) / max(1, len(seconds)), "extra_bytes": extra}
+
+
+def _reset_peak() -> int:
+    """Forget the peak memory of this process so far (Linux) and return what it uses now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

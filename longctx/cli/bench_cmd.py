@@ -1,0 +1,110 @@
+"""``longctx bench``: measurements side by side."""
+
+import argparse
+import json
+import typing
+from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    from longctx.bench.problem import Shape
+
+HELP = "measure attention schemes side by side, or plan them for many ranks"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See :mod:`longctx.cli.main`."""
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    attention = subparsers.add_parser("attention", help="every scheme against one process, and against DeepSpeed")
+    attention.add_argument("--ranks", metavar="N", default="2", help="processes, one thread each (default 2)")
+    attention.add_argument("--length", metavar="S", default="16384", help="tokens of the sequence (default 16384)")
+    attention.add_argument("--heads", metavar="H", default="8", help="query heads (default 8)")
+    attention.add_argument("--kv-heads", metavar="K", default="2", help="kv heads (default 2)")
+    attention.add_argument("--head-dim", metavar="E", default="64", help="size of a head (default 64)")
+    attention.add_argument("--inner", metavar="N", help="ranks of an inner group (default: all; 8 with --simulate)")
+    attention.add_argument("--rounds", metavar="N", default="5", help="rounds, all schemes in each (default 5)")
+    attention.add_argument("--seed", metavar="N", default="0", help="of the packed documents (default 0)")
+    attention.add_argument(
+        "--simulate", metavar="W", help="measure nothing: bytes, hops and balance on 8 to W ranks from the plan alone"
+    )
+    attention.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    precision = subparsers.add_parser("precision", help="bf16 error over the number of blocks, 1 to 64 ranks in a ring")
+    precision.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table. Raises LongctxError for bad input."""
+    if args.what == "precision":
+        return _precision(args)
+    shape = _shape(args)
+    return _simulate(args, shape) if args.simulate is not None else _measure(args, shape)
+
+
+def _measure(args: argparse.Namespace, shape: "Shape") -> int:
+    import sys
+
+    from longctx.bench.attention import bench, table
+    from longctx.cli.options import whole_number
+
+    ranks = whole_number("--ranks", args.ranks, 2)
+    inner = ranks if args.inner is None else whole_number("--inner", args.inner)
+    rounds = whole_number("--rounds", args.rounds)
+    _check_file(args.json)
+
+    def advance(name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{name:<20}", end="\r", file=sys.stderr, flush=True)
+
+    report = bench(shape, ranks, rounds, inner, advance)
+    print("\n".join(table(report)))
+    _write(args.json, report.as_json())
+    return 0
+
+
+def _simulate(args: argparse.Namespace, shape: "Shape") -> int:
+    from longctx.bench.simulate import simulate, table
+    from longctx.cli.options import whole_number
+
+    most = whole_number("--simulate", args.simulate, 8)
+    inner = 8 if args.inner is None else whole_number("--inner", args.inner)
+    _check_file(args.json)
+    rows = list(simulate(shape, most, inner))
+    print("\n".join(table(rows)))
+    _write(args.json, [row.as_json() for row in rows])
+    return 0
+
+
+def _precision(args: argparse.Namespace) -> int:
+    from longctx.bench.precision import error_curve, table
+
+    _check_file(args.json)
+    curve = error_curve()
+    print("\n".join(table(curve)))
+    _write(args.json, curve)
+    return 0
+
+
+def _shape(args: argparse.Namespace) -> "Shape":
+    from longctx.bench.problem import Shape
+    from longctx.cli.options import whole_number
+    from longctx.errors import ConfigError
+
+    names = ("length", "heads", "kv_heads", "head_dim")
+    numbers = [whole_number(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
+    shape = Shape(*numbers, whole_number("--seed", args.seed, 0))
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"--heads {shape.heads} is not a multiple of --kv-heads {shape.kv_heads}; change one of them")
+    return shape
+
+
+def _check_file(file: Path | None) -> None:
+    """Before hours of measuring, not after."""
+    from longctx.errors import ConfigError
+
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"--json {file} cannot be written: give a file in a folder that exists")
+
+
+def _write(file: Path | None, values: object) -> None:
+    if file is not None:
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {file}")
