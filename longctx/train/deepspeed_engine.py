@@ -17,7 +17,7 @@ from torch import nn
 
 from longctx.config.schema import Engine as EngineConfig
 from longctx.config.schema import Train
-from longctx.model.decoder import CausalLM, Output
+from longctx.model.decoder import Output
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.train.engine import Fragment, Update
@@ -30,7 +30,7 @@ _BUCKET_ELEMENTS = 500_000_000
 class DeepSpeedEngine:
     """Training under ``deepspeed.initialize``; collective over the world."""
 
-    def __init__(self, model: CausalLM, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
+    def __init__(self, model: nn.Module, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
         import deepspeed
 
         quieten(deepspeed)
