@@ -276,19 +276,3 @@ def test_a_model_is_attached_once(llama: Any) -> None:
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="Linear is no model of transformers"):
         longctx.attach(nn.Linear(2, 2))
-
-
-def test_the_readme_example(seed: int) -> None:
-    from transformers import AutoModelForCausalLM, MistralConfig
-
-    config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=7,
-    )  # fmt: skip
-    model = longctx.attach(AutoModelForCausalLM.from_config(config), recompute=True).train()
-    context = SequenceContext.single(1, 24, documents=((0, 10),))
-    ids, labels = torch.randint(64, (1, 24)), torch.randint(64, (1, 24))
-    logits = model(context.shard(ids), longctx=context).logits
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), context.shard(labels).flatten(), reduction="sum") / 24
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
