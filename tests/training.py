@@ -60,6 +60,8 @@ class Case:
     length: int = 37
     degree: int = 1
     layout: str = "zigzag"
+    scheme: str = "ring"
+    inner: int | None = None
     engine: dict[str, Any] = field(default_factory=lambda: {"kind": "torch"})
     batch: int = 2
     micro_batch: int = 1
@@ -97,7 +99,7 @@ def config_of(case: Case) -> Config:
         {
             "run": "unused",
             "data": {"sources": [{"path": "unused"}]},
-            "sequence": {"length": case.length, "degree": case.degree, "layout": case.layout},
+            "sequence": {"length": case.length, "degree": case.degree, "layout": case.layout, "scheme": case.scheme},
             "train": {
                 "steps": case.steps, "batch": case.batch, "micro_batch": case.micro_batch, "lr": case.lr,
                 "clip": case.clip, "loss_chunk": 7, "recompute": case.recompute, "precision": case.precision,
@@ -114,15 +116,16 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.events: list[Record] = []
 
     def on_record(self, trainer: Trainer, record: Record) -> None:
-        self.records.append(record)
+        (self.events if record["kind"] == "event" else self.records).append(record)
 
 
 def build(case: Case, weights: Callable[[CausalLM], None] | None = None) -> tuple[Trainer, Watch]:
     """A trainer in the current process world; ``weights`` may replace those drawn from the seed."""
     config, shape = config_of(case), model_config(case)
-    mesh = build_mesh(case.degree, torch.device("cpu"), 60)
+    mesh = build_mesh(case.degree, torch.device("cpu"), 60, case.inner)
     model = CausalLM(shape, recompute=case.recompute, seed=case.seed)
     if case.fp64:
         model = model.double()

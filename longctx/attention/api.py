@@ -5,9 +5,11 @@ Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
 
 import torch
 
+from longctx.attention.choice import choose_scheme
 from longctx.attention.kept import attend_once
 from longctx.attention.kernels import Kernel, Scoring, choose_kernel
 from longctx.attention.schemes import Request, scheme_of
+from longctx.attention.traffic import Call
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
 
@@ -41,9 +43,10 @@ def attention(
         ValueError: shapes that do not fit the context.
     """
     _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    context = _settled(context, q_BTHE, k_BTKE, causal, window)
     request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel)
     operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
-    scheme = scheme_of(request, operands)
+    scheme = scheme_of(request)
     if context.kept is None:
         return scheme(operands, request)[0]
     return attend_once(lambda *tensors: scheme(tensors, request)[0], operands, context.kept)
@@ -66,11 +69,23 @@ def attention_and_lse(
     if context.kept is not None:
         raise UnsupportedError("the log-sum-exp is not kept in a recomputed region; ask for it outside of one")
     _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    context = _settled(context, q_BTHE, k_BTKE, causal, window)
     request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel, return_lse=True)
     operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
-    out_BTHE, lse_BTH = scheme_of(request, operands)(operands, request)
+    out_BTHE, lse_BTH = scheme_of(request)(operands, request)
     assert lse_BTH is not None
     return out_BTHE, lse_BTH
+
+
+def _settled(
+    context: SequenceContext, q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, causal: bool, window: int | None
+) -> SequenceContext:
+    """The context with a scheme of its own where it left the choice to us."""
+    if context.scheme != "auto":
+        return context
+    call = Call(q_BTHE.shape[2], k_BTKE.shape[2], q_BTHE.shape[3], q_BTHE.dtype, causal, window)
+    choice = context.once(("auto", call), lambda: choose_scheme(context, call, q_BTHE.device.type))
+    return context.under(choice.scheme)
 
 
 def _request(

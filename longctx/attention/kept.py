@@ -30,16 +30,16 @@ def attend_once(attend: Callable[..., Tensor], operands: Operands, kept: Kept) -
         return out.detach()
     if not kept.results:
         raise RuntimeError("attention is recomputed that was never computed; use one fresh Kept per region and pass")
-    leaves, out = kept.results.pop(0)
-    result: Tensor = _Replay.apply(leaves, out, *operands)  # type: ignore[no-untyped-call]
+    result: Tensor = _Replay.apply(kept.results.pop(0), *operands)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, leaves: Operands, out: Tensor, *operands: Tensor | None) -> Tensor:
-        ctx.leaves, ctx.out = leaves, out
-        return out.detach()
+    def forward(ctx: Any, first: tuple[Operands, Tensor], *operands: Tensor | None) -> Tensor:
+        # The result comes inside a tuple: as an argument of its own, autograd would run its backward a second time.
+        ctx.leaves, ctx.out = first
+        return ctx.out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -47,4 +47,4 @@ class _Replay(torch.autograd.Function):
         given = [t for t in ctx.leaves if t is not None]
         gradients = iter(torch.autograd.grad(ctx.out, given, dout))
         ctx.out = None
-        return (None, None, *(None if t is None else next(gradients) for t in ctx.leaves))
+        return (None, *(None if t is None else next(gradients) for t in ctx.leaves))

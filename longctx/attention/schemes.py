@@ -84,7 +84,7 @@ SCHEMES: Mapping[str, Callable[[Operands, Request], Result]] = MappingProxyType(
 )
 
 
-def scheme_of(request: Request, operands: Operands) -> Callable[[Operands, Request], Result]:
+def scheme_of(request: Request) -> Callable[[Operands, Request], Result]:
     """The function of the context's scheme; on one rank and while decoding there is nothing to move.
 
     Raises:

@@ -6,6 +6,7 @@ Started by :mod:`longctx.bench.crew` as ``python -m longctx.bench.worker``; the 
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from longctx.bench.problem import Shape, measured
 from longctx.runtime.mesh import Group, alone, build_mesh
+from longctx.train.deepspeed_engine import quieten
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ def _join(post: Post) -> Group:
         return alone().sequence
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("gloo", f"file://{post.store}", rank=post.rank, world_size=post.world)
+    import deepspeed
+
+    quieten(deepspeed)
+    with redirect_stdout(sys.stderr):
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     return build_mesh(post.world, torch.device("cpu"), 600, post.inner).sequence
 
 

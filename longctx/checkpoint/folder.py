@@ -13,6 +13,7 @@ from longctx.errors import CheckpointError
 
 if TYPE_CHECKING:
     from longctx.data.tokenizer import Tokenizer
+    from longctx.model.attached import AttachedCausalLM
     from longctx.model.decoder import CausalLM
 
 
@@ -55,7 +56,7 @@ def read_model_config(checkpoint: Path) -> Model:
 
 def open_model(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> "tuple[CausalLM, Model, Tokenizer]":
+) -> "tuple[CausalLM | AttachedCausalLM, Model, Tokenizer]":
     """Load a model in evaluation mode with its tokenizer.
 
     Args:
@@ -66,20 +67,26 @@ def open_model(
         CheckpointError: the path is none of the three.
     """
     from longctx.data.tokenizer import load_tokenizer
-    from longctx.model.hf import empty_model, load_hf
+    from longctx.model.attached import build_attached, open_attached
+    from longctx.model.hf import empty_model, load_hf, read_hf_config
 
     path = Path(path)
     checkpoint = checkpoint_of(path)
+    model: CausalLM | AttachedCausalLM
     if checkpoint is not None:
         config = read_model_config(checkpoint)
-        model = empty_model(config).to_empty(device="cpu")
-        model.tie_weights()
+        if config.hf_config is not None:
+            model = build_attached(config)
+        else:
+            model = empty_model(config).to_empty(device="cpu")
+            model.tie_weights()
         load_weights(checkpoint, model)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         if dtype is not None:
             model = model.to(dtype)
     elif (path / "config.json").is_file():
-        model, config = load_hf(path, dtype)
+        config = read_hf_config(path)
+        model = load_hf(path, dtype)[0] if config.hf_config is None else open_attached(path, config, dtype=dtype)
         tokenizer = load_tokenizer(path)
     else:
         raise CheckpointError(f"{path} is no run folder, checkpoint or Hugging Face folder; give one of the three")

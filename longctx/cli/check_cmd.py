@@ -49,6 +49,8 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     parameters = "parameters known once the corpus is built"
     if size.parameters is not None:
         parameters = f"{size.parameters:,} parameters"
+    elif model.hf_config is not None:
+        parameters = "parameters as transformers' class has them"
     ranks = f"{size.world} = {size.data_ranks} data x {config.sequence.degree} sequence"
     corpus = "not built yet"
     if size.corpus_tokens:
@@ -57,7 +59,7 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     engine = f"deepspeed, ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else config.engine.kind
     return [
         ("run", str(config.run)),
-        ("model", f"{model.family}, {model.num_layers} layers, width {model.hidden_size}, {parameters}"),
+        ("model", f"{model.architecture}, {model.num_layers} layers, width {model.hidden_size}, {parameters}"),
         ("sequence", f"{length:,} tokens, {config.sequence.layout} {config.sequence.scheme}"),
         ("ranks", ranks if world else f"{ranks} (the smallest world; give --world N to check another)"),
         (
@@ -66,6 +68,9 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
         ),
         ("total", f"{size.total_tokens:,} tokens in {train.steps:,} steps"),
         ("corpus", corpus),
-        ("export", f"as a Hugging Face {model.family} model" if exports else "not possible: only softmax exports"),
+        (
+            "export",
+            f"as a Hugging Face {model.architecture} model" if exports else "not possible: only softmax exports",
+        ),
         ("engine", f"{engine}, {train.precision}"),
     ]

@@ -8,6 +8,7 @@ from longctx.cli.options import whole_number
 from longctx.config.hf_folder import ARCHITECTURES
 
 if TYPE_CHECKING:
+    from longctx.model.attached import AttachedCausalLM
     from longctx.model.decoder import CausalLM
 
 HELP = "write a run or checkpoint as a Hugging Face folder"
@@ -30,23 +31,30 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from longctx.checkpoint.folder import open_model
+    from longctx.errors import ConfigError
+    from longctx.model.attached import AttachedCausalLM
     from longctx.model.families import check_exportable
-    from longctx.model.hf import save_hf
+    from longctx.model.hf_save import save_attached, save_hf
 
     max_shard = whole_number("--max-shard", args.max_shard)
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, config, tokenizer = open_model(args.source)
+    if args.family and config.hf_config is not None:
+        raise ConfigError(f"--family {args.family}: a {config.architecture} is written as such; leave --family out")
     config = config.model_copy(update={"family": args.family or config.family})
     check_exportable(config)
     model = model if dtype is None else model.to(dtype)
-    save_hf(model, config, args.out, tokenizer.path, max_shard, overwrite=args.overwrite)
-    print(f"wrote {args.out} ({config.family}, {str(model.embed.weight.dtype).removeprefix('torch.')})")
+    if isinstance(model, AttachedCausalLM):
+        save_attached(model, args.out, tokenizer.path, max_shard, overwrite=args.overwrite)
+    else:
+        save_hf(model, config, args.out, tokenizer.path, max_shard, overwrite=args.overwrite)
+    print(f"wrote {args.out} ({config.architecture}, {str(model.head.weight.dtype).removeprefix('torch.')})")
     if args.check:
         _check(args.out, model)
     return 0
 
 
-def _check(folder: Path, model: "CausalLM") -> None:
+def _check(folder: Path, model: "CausalLM | AttachedCausalLM") -> None:
     import transformers
 
     from longctx.errors import CheckpointError

@@ -52,7 +52,7 @@ def _train(config: "Config", launch: "Launch", device: "torch.device") -> int:
     if launch.rank == 0:
         print(dump_config(config), flush=True)
     try:
-        with joined_world(config.runtime, config.sequence.degree, launch, device) as mesh:
+        with joined_world(config.runtime, config.sequence, launch, device) as mesh:
             build_trainer(config, mesh).run()
     except FailedElsewhere:
         return give_way()

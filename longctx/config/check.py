@@ -116,6 +116,10 @@ def _sequence(config: Config) -> Iterator[Problem]:
     length, degree = config.sequence.length, config.sequence.degree
     if length < degree:
         yield Problem(("sequence", "length"), f"{length} tokens cannot be cut over {degree} ranks; use more tokens")
+    inner = config.sequence.inner
+    if inner is not None and degree % inner:
+        message = f"{inner} does not divide sequence.degree {degree}; use one of {fitting_degrees(degree)}"
+        yield Problem(("sequence", "inner"), message)
     limit = config.model.max_position_embeddings
     if limit is not None and limit < length:
         yield Problem(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from longctx.config.humanint import parse_int
+from longctx.errors import ConfigError
 
 Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(ge=0)]
@@ -116,9 +117,14 @@ class Model(Section):
     init_std: float = Field(0.02, gt=0)
     bos_token_id: NonNegative | None = None
     eos_token_id: NonNegative | None = None
+    hf_config: dict[str, Any] | None = Field(
+        None, description="read from model.from_hf: config.json of an architecture that trains as transformers' class"
+    )
 
     @model_validator(mode="after")
     def _shapes(self) -> "Model":
+        if self.hf_config is not None:  # shaped by the rules of its own architecture
+            return self
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -137,7 +143,15 @@ class Model(Section):
             reason = f"it comes from model.from_hf ({self.from_hf})"
             replaced = {"rope", "max_position_embeddings"} & self.model_fields_set
             return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - replaced, reason)
-        return {} if self.sliding_window else {"window_layers": "there is no model.sliding_window"}
+        idle = {"hf_config": "it is read from the folder that model.from_hf names"}
+        return idle if self.sliding_window else {**idle, "window_layers": "there is no model.sliding_window"}
+
+    @property
+    def architecture(self) -> str:
+        """Name to show: one of our families, or the class of transformers that computes the model."""
+        if self.hf_config is None:
+            return self.family
+        return str(next(iter(self.hf_config.get("architectures") or ()), self.hf_config.get("model_type")))
 
     @property
     def kv_heads(self) -> int:
@@ -152,7 +166,17 @@ class Model(Section):
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
     def over(self, base: "Model") -> "Model":
-        """The model that ``from_hf`` names with what may be set beside it: rope and the longest position."""
+        """The model that ``from_hf`` names with what may be set beside it: rope and the longest position.
+
+        Raises:
+            ConfigError: one is set, and the model trains as transformers' class, which takes all from its config.json.
+        """
+        taken = sorted({"rope", "max_position_embeddings"} & self.model_fields_set)
+        if taken and base.hf_config is not None:
+            raise ConfigError(
+                f"model.{taken[0]} cannot be set beside a {base.architecture}, which takes it from its config.json; "
+                f"change it in {self.from_hf}"
+            )
         chosen = {key: getattr(self, key) for key in {"rope", "max_position_embeddings"} & self.model_fields_set}
         return base.model_copy(update={key: value for key, value in chosen.items() if value is not None})
 
@@ -192,7 +216,18 @@ class Sequence(Section):
     layout: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
         "zigzag", description="which tokens a rank holds; balanced follows the documents of each micro-batch"
     )
-    scheme: Literal["ring"] = "ring"
+    scheme: Literal["ring", "ulysses", "hybrid", "double_ring", "allgather", "auto"] = Field(
+        "ring", description="how attention moves over the ranks; auto: the fastest by a model of bytes and balance"
+    )
+    inner: PositiveInt | None = Field(
+        None, description="ranks of an inner group, for hybrid, double_ring and auto; default: those that share a node"
+    )
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        if self.scheme in ("hybrid", "double_ring", "auto"):
+            return {}
+        return {"inner": f"scheme {self.scheme} has no inner groups; of use to hybrid, double_ring and auto"}
 
 
 class Schedule(Section):

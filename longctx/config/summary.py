@@ -11,8 +11,9 @@ from longctx.errors import ConfigError
 class Summary:
     """Sizes of a run.
 
-    ``parameters`` is None while the vocabulary is unknown (no corpus built yet); ``corpus_tokens`` counts the
-    training tokens of all sources once, None if one cannot be read. ``accumulation`` is micro-batches per step.
+    ``parameters`` is None while the vocabulary is unknown (no corpus built yet) and for architectures that transformers
+    computes; ``corpus_tokens`` counts the training tokens of all sources once, None if one cannot be read.
+    ``accumulation`` is micro-batches per step.
     """
 
     parameters: int | None
@@ -35,7 +36,7 @@ def summarize(config: Config, model: Model, world: int | None = None) -> Summary
     vocab = model.vocab_size or _corpus_vocab(config)
     tokens = config.train.batch * config.sequence.length
     return Summary(
-        parameters=count_parameters(model, vocab) if vocab else None,
+        parameters=count_parameters(model, vocab) if vocab and model.hf_config is None else None,
         world=ranks,
         data_ranks=data_ranks,
         accumulation=config.train.batch // (data_ranks * config.train.micro_batch),

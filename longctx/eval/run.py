@@ -1,7 +1,8 @@
 """``longctx eval``: open a model and its held-out text, run the tasks, leave one JSON file per task."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from longctx.config.load import load_config
-from longctx.config.schema import Config, Model, Runtime, Source
+from longctx.config.schema import Config, Model, Runtime, Sequence, Source
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.progress import Progress
 from longctx.data.rows import Rows
@@ -113,7 +114,7 @@ def _world() -> Iterator[Mesh]:
     if world == 1:
         yield alone("cuda" if torch.cuda.is_available() else "cpu")
         return
-    with joined_world(Runtime(), world) as mesh:
+    with joined_world(Runtime(), Sequence(length=world, degree=world)) as mesh:
         yield mesh
 
 
@@ -178,6 +179,6 @@ def _unigram(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, An
 _RUNNERS = {"perplexity": _perplexity, "needle": _needle, "unigram": _unigram}
 
 
-def read_results(paths: Sequence[Path]) -> dict[str, Any]:
+def read_results(paths: Seq[Path]) -> dict[str, Any]:
     """Results by task, as :func:`evaluate` wrote them."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}

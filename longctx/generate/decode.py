@@ -12,12 +12,14 @@ from torch import Tensor
 
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
-from longctx.model.decoder import CausalLM
+from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
 
 
 class LanguageModel(Protocol):
     """The part of :class:`longctx.model.decoder.CausalLM` that decoding and evaluation use."""
+
+    head: OutputHead
 
     def __call__(self, tokens_BT: Tensor, context: SequenceContext, *, state: Any = None) -> Any:
         """An object with ``hidden_BTD`` and ``state`` (None unless a state was given)."""
@@ -57,7 +59,7 @@ def advance(model: LanguageModel, new_BT: Tensor, before: Decoded | None = None)
 
 
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     sampling: Sampling | None = None,
@@ -89,7 +91,7 @@ def generate(
 
 @torch.no_grad()
 def decode_ids(
-    model: CausalLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     sampling: Sampling | None = None,
@@ -107,7 +109,7 @@ def decode_ids(
         raise DataError("the prompt is empty; give at least one token to continue")
     sampling = sampling or Sampling()
     generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
-    device = model.embed.weight.device
+    device = model.head.weight.device
     done = None
     chosen = torch.tensor(prompts, dtype=torch.int64, device=device)
     for _ in range(max_tokens):

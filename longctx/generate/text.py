@@ -4,16 +4,15 @@ from collections.abc import Iterator, Sequence
 
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
-from longctx.generate.decode import decode_ids
+from longctx.generate.decode import LanguageModel, decode_ids
 from longctx.generate.sampling import Sampling
-from longctx.model.decoder import CausalLM
 
 _BROKEN = "\ufffd"
 _CONTEXT = 8
 
 
 def stream_text(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int,

@@ -38,7 +38,7 @@ class SoftmaxMixer(Mixer):
     """Exact causal softmax attention over the whole sequence or a window of it."""
 
     causal: ClassVar[bool] = True
-    collectives: ClassVar[frozenset[str]] = frozenset({"ring"})
+    collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
 
     def __init__(self, config: Model, layer: int) -> None:

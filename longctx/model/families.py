@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from longctx.config.hf_folder import architecture, read_hf_json
+from longctx.config.hf_folder import ATTACHED, architecture, read_hf_json
 from longctx.config.schema import Model, Rope
 from longctx.errors import ConfigError
 
@@ -67,7 +67,10 @@ def read_hf_config(folder: Path | str) -> Model:
     """
     file = Path(folder) / "config.json"
     values = read_hf_json(Path(folder))
-    family = FAMILIES[architecture(values, file)]
+    kind = architecture(values, file)
+    if kind == ATTACHED:
+        return _attached_model(values, file)
+    family = FAMILIES[kind]
     known = {**_SHARED_DEFAULTS, **family.defaults, **values}
     _refuse_unsupported(known, file)
     try:
@@ -117,7 +120,12 @@ def to_hf_config(config: Model, dtype: str = "float32") -> dict[str, Any]:
 
 
 def check_exportable(config: Model) -> None:
-    """Raise ConfigError if ``config.family`` cannot express the model; the sentence names a family that can."""
+    """Raise ConfigError if ``config.family`` cannot express the model; the sentence names a family that can.
+
+    A model that trains as transformers' own class is written as that class.
+    """
+    if config.hf_config is not None:
+        return
     faults = _inexpressible(config, FAMILIES[config.family])
     if faults:
         able = [name for name, family in FAMILIES.items() if not _inexpressible(config, family)]
@@ -172,6 +180,28 @@ def _model_values(values: Mapping[str, Any], family: Family, file: Path) -> dict
         "eos_token_id": _first(values.get("eos_token_id")),
         **_windows(values, family, file),
     }
+
+
+_ALIASES = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+"""Names that architectures of transformers give to what is shown and checked of any model."""
+
+
+def _attached_model(values: Mapping[str, Any], file: Path) -> Model:
+    """What is known of an architecture that transformers computes."""
+    if values.get("quantization_config"):
+        raise ConfigError(f"{file} has a quantization_config; longctx reads unquantized weights, dequantize them first")
+    found = {ours: next((values[t] for t in theirs if values.get(t)), None) for ours, theirs in _ALIASES.items()}
+    missing = next((ours for ours, value in found.items() if value is None and ours != "max_position_embeddings"), None)
+    if missing is not None:
+        raise ConfigError(f"{file} has no {' or '.join(_ALIASES[missing])}; this is no complete config")
+    tokens = {key: _first(values.get(key)) for key in ("bos_token_id", "eos_token_id")}
+    return Model.model_validate({**found, **tokens, "hf_config": dict(values)})
 
 
 def _first(token: Any) -> Any:

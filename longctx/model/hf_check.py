@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from longctx.errors import CheckpointError, first_line
+from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM
 from longctx.sequence.context import SequenceContext
 
@@ -17,7 +18,9 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def compare_with_transformers(model: CausalLM, folder: Path | str, length: int = 512, seed: int = 0) -> float:
+def compare_with_transformers(
+    model: CausalLM | AttachedCausalLM, folder: Path | str, length: int = 512, seed: int = 0
+) -> float:
     """Largest absolute difference between our logits and those of the folder's transformers class, both in fp32.
 
     Args:
@@ -34,7 +37,7 @@ def compare_with_transformers(model: CausalLM, folder: Path | str, length: int =
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {first_line(error)}") from None
     theirs.eval()
-    vocab_size = model.embed.weight.shape[0]
+    vocab_size = model.head.weight.shape[0]
     length = min(length, model.config.max_position_embeddings or length)
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(0, vocab_size, (1, length), generator=generator)

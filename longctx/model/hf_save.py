@@ -13,6 +13,7 @@ from torch import Tensor
 from longctx.config.schema import Model
 from longctx.data.folders import new_folder
 from longctx.errors import CheckpointError, ConfigError
+from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM, parameter_shapes
 from longctx.model.families import to_hf_config, to_hf_name
 from longctx.model.tokenizer_export import export_tokenizer
@@ -59,6 +60,29 @@ def save_hf(
         _write_json(partial / "config.json", hf_config)
         _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
+        if tokenizer_dir is not None:
+            export_tokenizer(Path(tokenizer_dir), partial)
+
+
+def save_attached(
+    model: AttachedCausalLM,
+    folder: Path | str,
+    tokenizer_dir: Path | str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the folder of a model that transformers computes: its tensor names, and its config.json as it was.
+
+    Raises:
+        DataError: as :func:`save_hf`.
+    """
+    dtype = str(model.head.weight.dtype).removeprefix("torch.")
+    with new_folder(Path(folder), overwrite=overwrite, content=_CONTENT) as partial:
+        model.hf.save_pretrained(partial, max_shard_size=max_shard_bytes)
+        _write_json(partial / "config.json", {**(model.config.hf_config or {}), "dtype": dtype})
+        for file in partial.glob("*.safetensors"):
+            shutil.copymode(partial / "config.json", file)
         if tokenizer_dir is not None:
             export_tokenizer(Path(tokenizer_dir), partial)
 

@@ -8,16 +8,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from longctx.config.schema import Runtime
+from longctx.config.schema import Runtime, Sequence
 from longctx.errors import ConfigError, LaunchError
 from longctx.runtime.launcher import Launch, read_launch
-from longctx.runtime.mesh import Mesh, build_mesh
+from longctx.runtime.mesh import Mesh, build_mesh, default_inner
 from longctx.runtime.rendezvous import open_store
 
 
 @contextmanager
 def joined_world(
-    runtime: Runtime, sequence_degree: int, launch: Launch | None = None, device: torch.device | None = None
+    runtime: Runtime, sequence: Sequence, launch: Launch | None = None, device: torch.device | None = None
 ) -> Iterator[Mesh]:
     """Join the world this process was launched into, build the mesh, and leave the world at the end.
 
@@ -35,7 +35,10 @@ def joined_world(
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
     _join(launch, device, runtime.timeout)
     try:
-        yield build_mesh(sequence_degree, device, runtime.timeout)
+        inner = None
+        if sequence.scheme in ("hybrid", "double_ring", "auto"):
+            inner = sequence.inner or default_inner(sequence.degree, launch.local_world)
+        yield build_mesh(sequence.degree, device, runtime.timeout, inner)
     except RuntimeError as error:
         # gloo has no error type of its own.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

@@ -89,6 +89,10 @@ class SequenceContext:
         """The same sequence and plans from another rank or under another scheme, to plan with."""
         return self._sharing(replace(self, group=group, scheme=scheme, ledger=None))
 
+    def under(self, scheme: str) -> "SequenceContext":
+        """The same context, plans included, with another scheme."""
+        return self._sharing(replace(self, scheme=scheme))
+
     def _sharing(self, other: "SequenceContext") -> "SequenceContext":
         object.__setattr__(other, "_made", self._made)
         return other

@@ -15,7 +15,7 @@ import torch
 from longctx.model.head import IGNORED
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Documents, Layout, Run
+from longctx.sequence.layout import Documents, Run
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -51,20 +51,19 @@ def step_rows(step: int, batch: int, mesh: Mesh) -> range:
 
 
 def read_micro_batches(
-    source: RowSource, rows: range, micro_batch: int, layout_of: Callable[[Documents], Layout], mesh: Mesh
+    source: RowSource, rows: range, micro_batch: int, context_of: Callable[[Documents], SequenceContext]
 ) -> list[MicroBatch]:
     """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time.
 
-    ``layout_of`` cuts each micro-batch by the documents of its rows. All ranks of a sequence know these, so they agree
+    ``context_of`` cuts each micro-batch by the documents of its rows. All ranks of a sequence know these, so they agree
     on the layout without a message.
     """
     groups = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
-    return [_read(source, group, layout_of, mesh) for group in groups]
+    return [_read(source, group, context_of) for group in groups]
 
 
-def _read(source: RowSource, rows: range, layout_of: Callable[[Documents], Layout], mesh: Mesh) -> MicroBatch:
-    documents = tuple(source.documents(row) for row in rows)
-    context = SequenceContext(mesh.sequence, layout_of(documents), documents)
+def _read(source: RowSource, rows: range, context_of: Callable[[Documents], SequenceContext]) -> MicroBatch:
+    context = context_of(tuple(source.documents(row) for row in rows))
     read = [source.read(row, context.layout.runs[context.rank]) for row in rows]
     indices = context.layout.indices(context.rank)
     data_hash = sum(_hash(tokens, row, indices) for row, (tokens, _) in zip(rows, read, strict=True))

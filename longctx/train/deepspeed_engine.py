@@ -17,7 +17,7 @@ from torch import nn
 
 from longctx.config.schema import Engine as EngineConfig
 from longctx.config.schema import Train
-from longctx.model.decoder import CausalLM, Output
+from longctx.model.decoder import Output
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.train.engine import Fragment, Update
@@ -30,10 +30,10 @@ _BUCKET_ELEMENTS = 500_000_000
 class DeepSpeedEngine:
     """Training under ``deepspeed.initialize``; collective over the world."""
 
-    def __init__(self, model: CausalLM, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
+    def __init__(self, model: nn.Module, config: EngineConfig, train: Train, mesh: Mesh, accumulation: int) -> None:
         import deepspeed
 
-        _quieten(deepspeed)
+        quieten(deepspeed)
         self._zero = config.zero
         self._optimizer = build_optimizer(model.parameters(), train)
         settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
@@ -190,7 +190,7 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _quieten(deepspeed: Any) -> None:
+def quieten(deepspeed: Any) -> None:
     """Keep DeepSpeed from compiling what a run never calls and from logging what a user cannot act on."""
     # Its shared-memory reduction serves inference only, yet would be compiled (a minute) when the first run starts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

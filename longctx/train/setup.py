@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from longctx.checkpoint.format import checkpoint_folder, list_checkpoints
 from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
@@ -12,6 +13,7 @@ from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.rows import Rows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import CheckpointError, ConfigError, DataError
+from longctx.model.attached import AttachedCausalLM, build_attached, check_training, open_attached
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
@@ -75,6 +77,8 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
             "raise model.vocab_size or build the corpus with the model's own tokenizer"
         )
     length = config.sequence.length
+    if model.hf_config is not None:
+        return _within_positions(model, config).model_copy(update=update)
     if model.max_position_embeddings is None or model.max_position_embeddings < length:
         update["max_position_embeddings"] = length
     if model.eos_token_id is None:
@@ -84,9 +88,22 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
     return model.model_copy(update=update)
 
 
-def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM:
+def _within_positions(model: Model, config: Config) -> Model:
+    """transformers' class computes the model: its config.json alone says how far its positions reach."""
+    limit, length = model.max_position_embeddings, config.sequence.length
+    if limit is not None and limit < length:
+        raise ConfigError(
+            f"sequence.length = {length} is above the max_position_embeddings {limit} of the {model.architecture} in "
+            f"{config.model.from_hf}; raise it (and its rope parameters) in that config.json, or shorten the sequence"
+        )
+    return model
+
+
+def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM | AttachedCausalLM:
     """The fp32 model on the host: from a checkpoint, a Hugging Face folder, or freshly drawn from ``train.seed``."""
     recompute = config.train.recompute
+    if model_config.hf_config is not None:
+        return _attached(config, model_config, checkpoint).requires_grad_(True)
     if checkpoint is not None:
         model = CausalLM(model_config, recompute=recompute, seed=None)
         load_weights(checkpoint, model)
@@ -108,7 +125,19 @@ def build_model(config: Config, model_config: Model, checkpoint: Path | None) ->
     return model.requires_grad_(True)
 
 
-def build_engine(config: Config, model: CausalLM, mesh: Mesh) -> Engine:
+def _attached(config: Config, model_config: Model, checkpoint: Path | None) -> AttachedCausalLM:
+    recompute = config.train.recompute
+    if checkpoint is not None:
+        model = build_attached(model_config, recompute=recompute)
+        load_weights(checkpoint, model)
+    else:
+        assert config.model.from_hf is not None  # where hf_config came from
+        model = open_attached(config.model.from_hf, model_config, dtype=torch.float32, recompute=recompute)
+    check_training(model)
+    return model
+
+
+def build_engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:
     """Wrap the model; collective.
 
     Raises:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longctx.config.schema import Train
-from longctx.model.decoder import CausalLM, Output
+from longctx.model.decoder import Output
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.train.engine import Fragment, Update
@@ -20,7 +20,7 @@ class TorchEngine:
 
     replicated = True
 
-    def __init__(self, model: CausalLM, train: Train, mesh: Mesh) -> None:
+    def __init__(self, model: nn.Module, train: Train, mesh: Mesh) -> None:
         self._model, self._train, self._mesh = model.to(mesh.device), train, mesh
         self._optimizer = build_optimizer(model.parameters(), train)
         self.prepare_state(0)

@@ -6,15 +6,19 @@ import resource
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from longctx.attention.choice import Choice, choose_scheme
+from longctx.attention.traffic import Call
 from longctx.config.schema import Config, Model
 from longctx.errors import LongctxError
 from longctx.runtime.mesh import Mesh
-from longctx.sequence.layout import LAYOUTS, Documents, Layout
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS, Documents
 from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
 from longctx.train.engine import Engine
 from longctx.train.flops import flops_per_token, peak_flops
@@ -66,10 +70,26 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     progress: Progress = field(default_factory=Progress)
 
-    def layout(self, documents: Documents) -> Layout:
-        """How rows with these documents are cut over the ranks of a sequence."""
-        sequence = self.config.sequence
-        return LAYOUTS[sequence.layout](sequence.length, self.mesh.sequence.size, documents)
+    def context(self, documents: Documents) -> SequenceContext:
+        """What layers are told about rows with these documents."""
+        return self._context(documents, self.attention.scheme)
+
+    @cached_property
+    def attention(self) -> Choice:
+        """How attention moves over the ranks: as the config says, or chosen once for a whole row of one document."""
+        scheme = self.config.sequence.scheme
+        if scheme != "auto":
+            return Choice(scheme, {}, "sequence.scheme says so")
+        model, dtype = self.model, {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.train.precision]
+        context = self._context(((0,),) * self.config.train.micro_batch, "ring")
+        return choose_scheme(
+            context, Call(model.num_heads, model.kv_heads, model.head_size, dtype), self.mesh.device.type
+        )
+
+    def _context(self, documents: Documents, scheme: str) -> SequenceContext:
+        sequence, group = self.config.sequence, self.mesh.sequence
+        layout = LAYOUTS[sequence.layout](sequence.length, group.size, documents)
+        return SequenceContext(group, layout, documents, scheme=scheme)
 
     def run(self) -> None:
         """Train to the end.
@@ -79,6 +99,8 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_start(self)
+        if self.config.sequence.scheme == "auto":
+            self.event("attention", scheme=self.attention.scheme, reason=self.attention.reason)
         self.engine.module.train()
         while self.progress.step < self.config.train.steps:
             record = self.step()
@@ -128,7 +150,7 @@ class Trainer:
         # Every rank enters the model equally often, or ZeRO-3's parameter gathering would hang.
         for turn in range(-(-count // self.mesh.data.size)):
             row = share[turn] if turn < len(share) else 0
-            (batch,) = read_micro_batches(rows, range(row, row + 1), 1, self.layout, self.mesh)
+            (batch,) = read_micro_batches(rows, range(row, row + 1), 1, self.context)
             loss_sum = self._forward(batch)
             if turn < len(share):
                 total[0] += loss_sum
@@ -138,7 +160,7 @@ class Trainer:
         return float(total[0] / total[1]), int(total[1])
 
     def _read(self, rows: range) -> list[MicroBatch]:
-        return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.layout, self.mesh)
+        return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.context)
 
     def _totals(self, micro_batches: Iterable[MicroBatch]) -> tuple[int, int, int]:
         """Labels, tokens and data hash of the whole step over all ranks."""
@@ -182,7 +204,8 @@ class Trainer:
     def _mfu(self, tokens_per_second: float) -> float | None:
         name = torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else None
         peak = peak_flops(name, self.config.train.precision)
-        if peak is None:
+        # What an architecture that transformers computes multiplies per token is not known (experts, for one).
+        if peak is None or self.model.hf_config is not None:
             return None
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         needed = flops_per_token(self.model, parameters, self.config.sequence.length)

@@ -168,7 +168,7 @@ def run_with_checkpoints(case: Case, run: Path, tokenizer: Path) -> list[str]:
     )
     trainer.config, trainer.callbacks = config, [watch, Checkpoints(run, tokenizer, ["corpus"])]
     trainer.run()
-    return [record["path"] for record in watch.records if record["kind"] == "event"]
+    return [record["path"] for record in watch.events]
 
 
 def test_checkpoints_come_when_asked_and_the_newest_are_kept(pool: Pool, tmp_path: Path) -> None:

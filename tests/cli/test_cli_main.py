@@ -275,3 +275,12 @@ def test_show_prints_the_resolved_config(tmp_path: Path, capsys: pytest.CaptureF
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(["check", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Config"
+
+
+def test_checking_a_model_that_transformers_computes_is_light(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", architectures=["MixtralForCausalLM"], model_type="mixtral")
+    file = write_runnable(tmp_path, model={"from_hf": str(folder)})
+    status, packages, out = imported_by("check", str(file))
+    assert status == 0
+    assert "MixtralForCausalLM, 2 layers, width 32, parameters as transformers' class has them" in out
+    assert not packages & {"torch", "transformers"}

@@ -267,12 +267,14 @@ def test_a_stored_config_has_no_more_problems_than_its_source(tmp_path: Path, ov
     ("changes", "says"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel, which is not supported; supported: Llama",
+            {"architectures": ["GPT2ForTokenClassification"]},
+            "architecture GPT2ForTokenClassification, which is not supported: it is no causal language model",
         ),
         ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba', which is not supported"),
         ({"architectures": None, "model_type": None}, "architecture None, which is not supported"),
         ({"architectures": 3}, "which is not supported"),
+        ({"architectures": ["XForCausalLM"], "vision_config": {}}, "it has a vision_config, and only models of text"),
+        ({"architectures": ["XForCausalLM"], "text_config": {}}, "it has a text_config, and only models of text"),
     ],
 )
 def test_unsupported_architectures_are_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -369,3 +371,13 @@ def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:
     config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     missing = {("data", "sources", index, "path") for index in range(len(config.data.sources))} | {("model", "from_hf")}
     assert {problem.path for problem in find_problems(config, world)} <= missing
+
+
+def test_other_causal_models_of_text_are_accepted(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", architectures=["MixtralForCausalLM"], model_type="mixtral")
+    assert problems(tmp_path, f"model.from_hf={folder}") == []
+
+
+def test_a_foreign_config_is_only_read_from_a_folder(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, "model.hf_config={model_type: mixtral}")
+    assert "has no effect: it is read from the folder that model.from_hf names" in found

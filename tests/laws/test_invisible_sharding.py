@@ -7,6 +7,7 @@ import pytest
 from pool import Pool
 from training import Case, assert_same_training, train
 
+from longctx.attention.schemes import SCHEMES
 from longctx.sequence.layout import LAYOUTS
 
 TIED = {"tie_embeddings": True, "qk_norm": True, "qkv_bias": True}
@@ -53,6 +54,17 @@ def test_layouts_of_many_pieces_agree(pool: Pool, seed: int, layout: str) -> Non
     (wanted,) = pool.run(train, 1, case)
     for degree in (2, 3):
         found = pool.run(train, degree, replace(case, degree=degree))[0]
+        assert_same_training(found, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "auto"])
+def test_every_scheme_agrees(pool: Pool, seed: int, scheme: str) -> None:
+    """Head counts that do not divide the ranks; on four ranks some have no head at all."""
+    model = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 6, "sliding_window": 19, "window_layers": [True, False]}
+    case = Case(length=53, steps=20, batch=2, seed=seed % 1000, scheme=scheme, model=model, recompute=True)
+    (wanted,) = pool.run(train, 1, replace(case, recompute=False))
+    for degree, inner in ((2, 2), (3, 1), (4, 2)):
+        found = pool.run(train, degree, replace(case, degree=degree, inner=inner))[0]
         assert_same_training(found, wanted, 1e-10)
 
 

@@ -10,6 +10,7 @@ from training import Case, assert_same_training, train
 PARTITIONED = {
     "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 2000,
 }  # fmt: skip
+SCHEMES = ("ulysses", "hybrid", "double_ring", "allgather")
 CASE = Case(length=45, steps=20, batch=6, micro_batch=1, fp64=False, seed=5, lr=1e-3)
 
 
@@ -29,4 +30,12 @@ def wanted(pool: Pool):  # type: ignore[no-untyped-def]
 def test_twenty_steps_agree(pool: Pool, wanted, stage: int, world: int, degree: int) -> None:  # type: ignore[no-untyped-def]
     case = replace(CASE, degree=degree, engine=deepspeed(stage), recompute=stage == 3)
     found = pool.run(train, world, case, limit_s=120)[0]
+    assert_same_training(found, wanted, 1e-5)
+
+
+@pytest.mark.tier2
+@pytest.mark.parametrize("scheme, stage", zip(SCHEMES * 2, (3, 3, 3, 3, 0, 1, 2, 1), strict=True))
+def test_twenty_steps_of_every_scheme_agree(pool: Pool, wanted, scheme: str, stage: int) -> None:  # type: ignore[no-untyped-def]
+    case = replace(CASE, degree=4, inner=2, scheme=scheme, engine=deepspeed(stage), recompute=stage == 3)
+    found = pool.run(train, 4, case, limit_s=120)[0]
     assert_same_training(found, wanted, 1e-5)

@@ -160,7 +160,7 @@ def _config_values(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*not supported.*LlamaForCausalLM.*Qwen3ForCausalLM"),
+        ({"architectures": ["GPT2Model"]}, "GPT2Model.*not supported.*LlamaForCausalLM.*Qwen3ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"pretraining_tp": 2}, "pretraining_tp = 2"),

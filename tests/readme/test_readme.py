@@ -63,6 +63,34 @@ def test_the_mixer_trains_sequence_parallel(pool: Pool) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
+def attached_output(source: str, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and one gradient of the README's loop over an attached model, summed over the current world."""
+    from longctx.runtime.mesh import build_mesh
+
+    module: dict[str, Any] = {"__name__": "readme"}
+    exec(source, module)  # noqa: S102  (the README is ours)
+    mesh = build_mesh(torch.distributed.get_world_size(), torch.device("cpu"))
+    ids = torch.arange(46).view(2, 23) * 7 % 31
+    model, loss = module["backward"](folder, mesh, ids, ids.roll(-1, 1), ((0, 9), (0,)), recompute=True)
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+    return mesh.all_reduce(loss.detach().clone()), mesh.all_reduce(gradient.clone())
+
+
+def test_the_attached_model_trains_sequence_parallel(pool: Pool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_config(MistralConfig(**shape, **heads, sliding_window=6, dtype="float64"))
+    model.save_pretrained(tmp_path)
+    (source,) = blocks("python", "Continue pretraining a Hugging Face model")
+    alone = pool.run(attached_output, 1, source, str(tmp_path))[0]
+    for world in (2, 3):
+        sharded = pool.run(attached_output, world, source, str(tmp_path))[0]
+        for found, wanted in zip(sharded, alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_the_two_commands_exist() -> None:
     for command in commands("Two commands"):
         script = ROOT / shlex.split(command)[1]

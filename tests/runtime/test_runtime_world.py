@@ -110,11 +110,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 _JOIN = """
-from longctx.config.schema import Runtime
+from longctx.config.schema import Runtime, Sequence
 from longctx.errors import LaunchError
 from longctx.runtime.process import joined_world
 try:
-    with joined_world(Runtime(timeout=2), 1):
+    with joined_world(Runtime(timeout=2), Sequence(length=1)):
         print("joined")
 except LaunchError as error:
     print(error)

@@ -1,8 +1,7 @@
 """Which rows and tokens each rank reads, and the hash that proves it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from training import RandomRows
 
 from longctx.runtime.mesh import Group, Mesh
-from longctx.sequence.layout import LAYOUTS, Run
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS, Documents, Run
 from longctx.train.batches import MicroBatch, read_micro_batches, step_rows
 
 
@@ -22,6 +22,13 @@ def mesh(rank: int, world: int, degree: int) -> Mesh:
     columns = tuple(r for r in ranks if r % degree == sequence)
     rows = tuple(r for r in ranks if r // degree == data)
     return Mesh(Group(rank, tuple(ranks)), Group(data, columns), Group(sequence, rows), torch.device("cpu"))
+
+
+def contexts(place: Mesh, layout: str, length: int) -> Callable[[Documents], SequenceContext]:
+    """What a trainer would tell its layers about rows with some documents."""
+    return lambda documents: SequenceContext(
+        place.sequence, LAYOUTS[layout](length, place.sequence.size, documents), documents
+    )
 
 
 @dataclass
@@ -45,8 +52,8 @@ def read_all(length: int, world: int, degree: int, layout: str, batch: int, micr
         place = mesh(rank, world, degree)
         watched = Watched(RandomRows(length, 61, seed))
         rows = step_rows(3, batch, place)
-        layout_of = partial(LAYOUTS[layout], length, degree)
-        found.append((place, read_micro_batches(watched, rows, micro, layout_of, place), watched))
+        context_of = contexts(place, layout, length)
+        found.append((place, read_micro_batches(watched, rows, micro, context_of), watched))
     return found
 
 
@@ -120,8 +127,8 @@ def test_the_hash_notices_one_token_a_swap_and_another_row() -> None:
             return np.array(self.tokens), np.array(self.tokens)
 
     def digest(tokens: tuple[int, ...], row: int = 0) -> int:
-        layout_of = partial(LAYOUTS["contiguous"], len(tokens), 1)
-        (batch,) = read_micro_batches(Fixed(tokens), range(row, row + 1), 1, layout_of, mesh(0, 1, 1))
+        context_of = contexts(mesh(0, 1, 1), "contiguous", len(tokens))
+        (batch,) = read_micro_batches(Fixed(tokens), range(row, row + 1), 1, context_of)
         return batch.data_hash
 
     digests = [digest((1, 2, 3)), digest((1, 2, 4)), digest((2, 1, 3)), digest((1, 2, 3), row=1), digest((1, 2, 3, 0))]

@@ -55,5 +55,7 @@ class StepLine(Callback):
                 f"step {record['step']} | held-out loss {record['loss']:.4f} over {record['tokens']:,} tokens",
                 flush=True,
             )
+        elif record["event"] == "attention":
+            print(f"attention moves by {record['scheme']}: {record['reason']}", flush=True)
         elif record["event"] in ("checkpoint", "resume"):
             print(f"step {record['step']} | {record['event']} {record.get('path', '')}".rstrip(), flush=True)
