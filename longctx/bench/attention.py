@@ -82,10 +82,10 @@ def bench(shape: Shape, ranks: int, rounds: int, inner: int, advance: Callable[[
         for _ in range(rounds):
             for name in times:
                 advance(name)
-                order = {"contender": name, "shape": asdict(shape), "repeats": 1}
+                order = {"contender": name, "shape": asdict(shape)}
                 answer = crew.single(order) if name == SINGLE else crew.world(order)
                 times[name].append(answer["seconds"])
-                memory[name] = max(memory.get(name, 0.0), answer["extra_bytes"])
+                memory.setdefault(name, answer.get("extra_bytes", 0.0))
     rows = tuple(_row(name, times, memory[name], shape, ranks) for name in names)
     processor = platform.processor() or platform.machine()
     return Report(shape, ranks, inner, rounds, torch.__version__, processor, os.cpu_count() or 0, rows)
