@@ -10,9 +10,12 @@ import torch
 from attention_cases import Answer, Problem, context_of, oracle, random_problem, run_here, solve, worst
 from pool import Pool
 
+from longctx.attention.kernels import CPU_FLASH, Scoring
+from longctx.attention.ring import RingAttention, RingCall, Schedules
 from longctx.runtime.mesh import Group, build_mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS
+from longctx.sequence.layout import LAYOUTS, Layout, Run, contiguous
+from longctx.sequence.plan import AttentionPlan
 
 # Corners that random shapes may miss.
 CORNERS = (
@@ -116,3 +119,30 @@ def test_gradients_reach_ranks_whose_own_outputs_are_unused(pool: Pool) -> None:
     for dq, dk, dv in pool.run(idle_gradient_here, 3, 9):
         assert dq == pytest.approx(0, abs=1e-12) and dk == pytest.approx(0, abs=1e-12)
         assert dv == pytest.approx(3 * 4 / 9, abs=1e-12)
+
+
+def blind_here(kv_heads: int) -> list[torch.Tensor]:
+    """Queries of three documents over keys of the last one alone; the first rank sees nothing at all."""
+    group = build_mesh(2, torch.device("cpu"), 60).sequence
+    queries, keys = contiguous(12, 2), Layout(12, ((), (Run(9, 12),)))
+    plan = AttentionPlan(queries, keys, ((0, 4, 9),))
+    generator = torch.Generator().manual_seed(group.rank)
+    shapes = ((6, 2), (keys.sizes[group.rank], kv_heads), (keys.sizes[group.rank], kv_heads))
+    q, k, v = (torch.randn(n, h, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n, h in shapes)
+    schedules = Schedules.of(plan)
+    back = schedules.back if kv_heads == 2 else None
+    call = RingCall(plan, group, schedules.there, back, None, CPU_FLASH, Scoring(0.5))
+    out, lse = RingAttention.apply(q, k, v, None, call)  # type: ignore[no-untyped-call]
+    out.backward(torch.ones_like(out))
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+    return [out.detach(), lse, q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2], ids=["keys travel", "queries travel"])
+def test_rows_and_ranks_that_see_nothing_give_zeros(pool: Pool, kv_heads: int) -> None:
+    first, last = pool.run(blind_here, 2, kv_heads)
+    assert bool((first[0] == 0).all()) and bool(first[1].isneginf().all()) and bool((first[2] == 0).all())
+    out, lse, dq, dk, dv = last
+    assert bool((out[:3] == 0).all()) and bool(lse[:3].isneginf().all()) and bool((dq[:3] == 0).all())
+    for part in (out[3:], lse[3:], dk, dv):
+        assert bool(part.isfinite().all()) and bool((part != 0).any())

@@ -1,23 +1,21 @@
-"""Law 7: ring attention holds O(S / P) per rank, by a stated formula; no tensor is as long as the sequence.
+"""Law 7: what attention holds per rank is a stated formula: O(S / P), save where all keys are gathered.
 
 Counted are the storages that operators return; what a kernel allocates inside itself does not show.
 
 Legend: T local tokens, H query heads, K kv heads, E head dim, P ranks.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from attention_cases import Problem, context_of
-from law_models import sequence_group
+from attention_cases import Problem, context_of, groups_of
 from live_bytes import LiveBytes
 from pool import Pool
-from torch import Tensor
 
 from longctx.attention import attention
-from longctx.sequence.context import SequenceContext
+from longctx.attention.schemes import SCHEMES
+from longctx.attention.ulysses import HeadShare
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 QUERY, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM
@@ -32,20 +30,9 @@ class Measured:
     tokens: int
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, SequenceContext], Tensor]
-
-
-def gathered_attention(q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
-    """The planted fault: every rank gathers all keys and values."""
-    k_BSKE, v_BSKE = (context.unshard(t) for t in (k, v))
-    k_BSHE, v_BSHE = (t.repeat_interleave(HEADS // KV_HEADS, 2) for t in (k_BSKE, v_BSKE))
-    out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k_BSHE, v_BSHE)))
-    return out.transpose(1, 2)
-
-
-def measure_here(problem: Problem, attend: Attention = attention) -> Measured:
+def measure_here(problem: Problem) -> Measured:
     """Everything from the inputs on, as seen by this rank."""
-    group = sequence_group()
+    (group,) = groups_of([problem])
     context = context_of(problem, group)
     context.plan()
     watch = LiveBytes()
@@ -54,13 +41,13 @@ def measure_here(problem: Problem, attend: Attention = attention) -> Measured:
             torch.randn(1, context.local_length, heads, HEAD_DIM, requires_grad=True)
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
-        out = attend(q, k, v, context)
+        out = attention(q, k, v, context)
         out.backward(torch.randn(out.shape))
     return Measured(watch.peak, watch.largest, context.local_length)
 
 
-def problem_of(length: int) -> Problem:
-    return Problem(length, ((0,),), HEADS, KV_HEADS, HEAD_DIM, dtype=torch.float32)
+def problem_of(length: int, scheme: str = "ring") -> Problem:
+    return Problem(length, ((0,),), HEADS, KV_HEADS, HEAD_DIM, scheme=scheme, inner=2, dtype=torch.float32)
 
 
 def formula(tokens: int) -> int:
@@ -105,8 +92,37 @@ def test_peak_bytes_do_not_grow_with_the_ranks(pool: Pool) -> None:
         assert_within_formula(measured)
 
 
+def formula_of(scheme: str, world: int, tokens: int) -> int:
+    """Peak bytes of a rank under a scheme, in inner groups of two.
+
+    A gather holds all keys and values four times: gathered, and as gradients by the kernel, summed, and laid out to be
+    sent. An exchange holds q, k, v, out and dout of its tokens, and of its heads (a share of the query heads, and the
+    kv heads these read) what attention holds: locally, or in the hybrid as a ring does.
+    """
+    if scheme in ("ring", "double_ring"):
+        return formula(tokens)
+    if scheme == "allgather":
+        return 4 * tokens * (5 * QUERY + 2 * HEADS + KEYS + 4 * world * KEYS)
+    inner = world if scheme == "ulysses" else 2
+    share = HeadShare.of(HEADS, KV_HEADS, inner)
+    heads, kv_heads = (max(b - a for a, b in ranges) for ranges in (share.queries, share.keys))
+    queries, keys = inner * heads * HEAD_DIM, inner * 2 * kv_heads * HEAD_DIM
+    return 4 * tokens * (3 * QUERY + KEYS + 5 * queries + 6 * HEADS + (3 if scheme == "ulysses" else 9) * keys)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_follows_its_formula_at_two_lengths(pool: Pool, scheme: str) -> None:
+    world = 4
+    short, long = (pool.run(measure_here, world, problem_of(length * world, scheme)) for length in (128, 256))
+    for one, two in zip(short, long, strict=True):
+        for measured in (one, two):
+            assert measured.peak <= formula_of(scheme, world, measured.tokens) + 256, (scheme, measured)
+        assert two.peak == pytest.approx(2 * one.peak, rel=0.05)
+    assert max(m.peak for m in long) > 0.8 * formula_of(scheme, world, 256)
+
+
 def test_gathering_all_keys_is_noticed(pool: Pool) -> None:
-    for measured in pool.run(measure_here, 4, problem_of(1024), gathered_attention):
+    for measured in pool.run(measure_here, 4, problem_of(1024, "allgather")):
         with pytest.raises(AssertionError):
             assert_no_long_tensor(measured)
         with pytest.raises(AssertionError):
