@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
-from longctx.attention.merge import add_sink_, sink_gradient
+from longctx.attention.merge import sink_gradient
 from longctx.sequence.collectives.gather import GatherRows
 from longctx.sequence.plan import AttentionPlan
 
@@ -36,22 +36,18 @@ class GatheredAttention(torch.autograd.Function):
         kv_M2KE = call.rows.gather(torch.stack((k, v), dim=1))
         partial = Partial.empty(q_NHE)
         partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
-        if sink_H is not None:
-            add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
-        out_NHE = partial.out_NHE.to(q_NHE.dtype)
-        ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, partial.lse_NH)
-        ctx.mark_non_differentiable(partial.lse_NH)
+        out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
+        ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH)
+        ctx.mark_non_differentiable(lse_NH)
         ctx.call = call
-        return out_NHE, partial.lse_NH
+        return out_NHE, lse_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: GatheredCall = ctx.call
         q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
-        dsink_H = None
-        if sink_H is not None:
-            dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H).to(sink_H.dtype)
+        dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
         dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
         dkv_M2KE = gradients(
             dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring,

@@ -9,7 +9,7 @@ import torch
 
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.kernels.base import Gradients
-from longctx.attention.merge import merge_
+from longctx.attention.merge import add_sink_, merge_
 from longctx.attention.steps import Rows, Step, steps_of
 from longctx.sequence.plan import Slice
 
@@ -35,6 +35,12 @@ class Partial:
         """Add the keys of one block."""
         for step in steps_of(slices, kernel):
             self._add(step.rows, *_forward(kernel, step, q_NHE, k_MKE, v_MKE, scoring))
+
+    def finished(self, sink_H: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """out_NHE in ``dtype`` and lse_NH, the sink included; after all keys."""
+        if sink_H is not None:
+            add_sink_(self.out_NHE, self.lse_NH, sink_H)
+        return self.out_NHE.to(dtype), self.lse_NH
 
     def _add(self, rows: Rows, out: torch.Tensor, lse: torch.Tensor) -> None:
         if not self.seen_N[rows.host].any():

@@ -24,12 +24,14 @@ def add_sink_(out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor)
 
 
 def sink_gradient(
-    dout_NHE: torch.Tensor, out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor
-) -> torch.Tensor:
-    """Gradient [H] of the sink by these rows, in the wide dtype; ``lse`` includes the sink."""
+    dout_NHE: torch.Tensor, out_NHE: torch.Tensor, lse_NH: torch.Tensor, sink_H: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Gradient [H] of the sink, if there is one, by these rows; ``lse`` includes the sink."""
+    if sink_H is None:
+        return None
     delta_NH = (dout_NHE.to(lse_NH.dtype) * out_NHE.to(lse_NH.dtype)).sum(-1)
     weight_NH = torch.exp(sink_H.to(lse_NH.dtype) - lse_NH.masked_fill(lse_NH.isneginf(), 0))
-    return -(weight_NH * delta_NH).sum(0)
+    return -(weight_NH * delta_NH).sum(0).to(sink_H.dtype)
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
-from longctx.attention.merge import add_sink_, sink_gradient
+from longctx.attention.merge import sink_gradient
 from longctx.attention.travel import QueryBlock, pack_queries, unpack_queries
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -78,22 +78,18 @@ class RingAttention(torch.autograd.Function):
             if kv is None:
                 continue
             partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scoring)
-        if sink_H is not None:
-            add_sink_(partial.out_NHE, partial.lse_NH, sink_H)
-        out_NHE = partial.out_NHE.to(q_NHE.dtype)
-        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, out_NHE, partial.lse_NH)
-        ctx.mark_non_differentiable(partial.lse_NH)
+        out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
+        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH)
+        ctx.mark_non_differentiable(lse_NH)
         ctx.call = call
-        return out_NHE, partial.lse_NH
+        return out_NHE, lse_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: RingCall = ctx.call
         q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
-        dsink_H = None
-        if sink_H is not None:
-            dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H).to(sink_H.dtype)
+        dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
         queries = QueryBlock(dout_NHE, q_NHE, out_NHE, lse_NH)
         turn = _keys_travel if call.back is None else _queries_travel
         dq_NHE, dkv_M2KE = turn(queries, k_MKE, v_MKE, call)

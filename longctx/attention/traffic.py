@@ -3,7 +3,6 @@
 Legend: H query heads, K kv heads, E head dim.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +96,3 @@ def _ring(plan: AttentionPlan, schedules: Schedules, group: Group, call: Call) -
         row, home = query_bytes(call.heads, call.head_dim, call.dtype), call.heads * call.head_dim * call.wide
         return there, planned_transfers(group, schedules.back, query_rows, row, home)
     return there, planned_transfers(group, schedules.there, key_rows, call.kv_bytes, call.kv_gradient_bytes)
-
-
-def sent(transfers: list[Transfer]) -> Iterator[Transfer]:
-    """Those that leave this rank."""
-    return (t for t in transfers if t.direction == "send")

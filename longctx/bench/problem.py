@@ -53,19 +53,16 @@ class Shape:
 
 
 def context_of(shape: Shape, contender: str, group: Group) -> SequenceContext:
-    """How the contender cuts the sequence: each scheme in the layout that suits it."""
+    """How the contender cuts the sequence: zigzag, or balanced for packed documents."""
     documents: Documents = shape.packed() if contender == PACKED else ((0,),)
-    layout = {PACKED: "balanced", "ring": "zigzag", "double_ring": "zigzag"}.get(contender, "zigzag")
-    scheme = "ring" if contender == PACKED else contender
-    cut = LAYOUTS[layout](shape.length, group.size, documents)
-    return SequenceContext(group, cut, documents, scheme=scheme if scheme in SCHEMES else "ring")
+    cut = LAYOUTS["balanced" if contender == PACKED else "zigzag"](shape.length, group.size, documents)
+    return SequenceContext(group, cut, documents, scheme=contender if contender in SCHEMES else "ring")
 
 
 def measured(shape: Shape, contender: str, group: Group) -> Callable[[], float]:
     """A function that runs a forward and backward of this rank's share and returns its seconds."""
-    tokens = shape.length // group.size if contender == DEEPSPEED else None
     context = context_of(shape, contender, group)
-    tokens = shape.length if contender == SINGLE else tokens or context.local_length
+    tokens = shape.length // group.size if contender == DEEPSPEED else context.local_length
     generator = torch.Generator().manual_seed(shape.seed + group.rank)
 
     def normal(heads: int) -> Tensor:

@@ -44,6 +44,11 @@ def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
         ("engine.options={wall_clock_breakdown: true}", "engine.options: has no effect: engine.kind torch"),
         ("model.mixer=softmx", "model.mixer: 'softmx' is unknown; choices: softmax"),
         ("sequence={length: 2, degree: 3}", "sequence.length: 2 tokens cannot be cut over 3 ranks"),
+        (
+            "sequence={length: 8, degree: 4, scheme: hybrid, inner: 3}",
+            "sequence.inner: 3 does not divide sequence.degree",
+        ),
+        ("sequence={length: 8, degree: 4, inner: 2}", "sequence.inner: has no effect: scheme ring has no inner groups"),
         ("model.max_position_embeddings=63", "model.max_position_embeddings: 63 is below sequence.length 64"),
         ("model.vocab_size=299", "model.vocab_size: 299 is below the 300 tokens of the corpus' tokenizer"),
         ("sequence.length=1001", "holds 1000 training tokens, fewer than sequence.length 1001"),
