@@ -65,17 +65,24 @@ def contenders(ranks: int, inner: int, shape: Shape) -> list[str]:
     return found
 
 
-def bench(shape: Shape, ranks: int, rounds: int, inner: int, advance: Callable[[str], None] = lambda _: None) -> Report:
-    """Measure all contenders in turns, ``rounds`` times.
+def bench(
+    shape: Shape, ranks: int, rounds: int, inner: int, only: Sequence[str] = (),
+    advance: Callable[[str], None] = lambda _: None,
+) -> Report:  # fmt: skip
+    """Measure contenders, all or ``only`` some, in turns, ``rounds`` times.
 
     Raises:
-        UnsupportedError: fewer than two ranks, or ``inner`` does not divide them.
+        UnsupportedError: fewer than two ranks, ``inner`` does not divide them, or no such contender on them.
     """
     if ranks < 2 or ranks % inner:
         raise UnsupportedError(
             f"a benchmark of {ranks} ranks in groups of {inner}; use 2 or more, in groups that divide"
         )
-    names = contenders(ranks, inner, shape)
+    known = contenders(ranks, inner, shape)
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise UnsupportedError(f"cannot measure {', '.join(unknown)} on {ranks} ranks; choose from {', '.join(known)}")
+    names = list(only) or known
     times: dict[str, list[float]] = {name: [] for name in (SINGLE, *names)}
     memory: dict[str, float] = {}
     with Crew(ranks, inner) as crew:
@@ -100,7 +107,7 @@ def _row(name: str, times: Mapping[str, Sequence[float]], memory: float, shape: 
     deepspeed = _ratios(times[DEEPSPEED], times[name]) if DEEPSPEED in times and name != PACKED else None
     per_pair = None
     if name == PACKED:
-        per_pair = median(_ratios(times[name], times["ring"])) / share
+        per_pair = median(_ratios(times[name], times["ring"])) / share if "ring" in times else None
     return Row(
         name, median(efficiencies), None if deepspeed is None else median(deepspeed), per_pair,
         memory / shape.local_bytes(-(-shape.length // ranks)), (min(efficiencies), max(efficiencies)),

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--head-dim", metavar="E", default="64", help="size of a head (default 64)")
     attention.add_argument("--inner", metavar="N", help="ranks of an inner group (default: all; 8 with --simulate)")
     attention.add_argument("--rounds", metavar="N", default="5", help="rounds, all schemes in each (default 5)")
+    attention.add_argument("--schemes", metavar="NAME,...", default="", help="measure these alone (default: all)")
     attention.add_argument("--seed", metavar="N", default="0", help="of the packed documents (default 0)")
     attention.add_argument(
         "--simulate", metavar="W", help="measure nothing: bytes, hops and balance on 8 to W ranks from the plan alone"
@@ -54,7 +55,8 @@ def _measure(args: argparse.Namespace, shape: "Shape") -> int:
         if sys.stderr.isatty():
             print(f"\r{name:<20}", end="\r", file=sys.stderr, flush=True)
 
-    report = bench(shape, ranks, rounds, inner, advance)
+    only = [name for name in args.schemes.split(",") if name]
+    report = bench(shape, ranks, rounds, inner, only, advance)
     print("\n".join(table(report)))
     _write(args.json, report.as_json())
     return 0

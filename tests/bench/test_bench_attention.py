@@ -41,7 +41,7 @@ def test_a_thousand_ranks_are_planned_from_the_command_line(tmp_path: Path, caps
 @pytest.mark.tier2
 def test_every_contender_is_measured_in_turns() -> None:
     asked: list[str] = []
-    report = bench(SMALL, 2, 2, 2, asked.append)
+    report = bench(SMALL, 2, 2, 2, advance=asked.append)
     names = contenders(2, 2, SMALL)
     assert [row.contender for row in report.rows] == names
     assert asked == ["single", *names] * 2
@@ -68,6 +68,10 @@ def test_what_cannot_be_measured_is_left_out_or_refused() -> None:
         (["--ranks", "1"], "--ranks must be at least 2"),
         (["--length", "many"], "--length"),
         (["--heads", "5"], "--heads 5 is not a multiple of --kv-heads 2"),
+        (
+            ["--schemes", "spiral"],
+            "cannot measure spiral on 2 ranks; choose from ring, ulysses, allgather, packed, deep",
+        ),
         (["--simulate", "4"], "--simulate must be at least 8"),
         (["--json", "/nowhere/at/all.json"], "cannot be written"),
     ],
