@@ -99,12 +99,12 @@ def test_corpora_of_two_tokenizers(config: Path, tmp_path: Path, capsys: pytest.
 def test_an_unsupported_architecture(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}))
     (folder / "model.safetensors").write_bytes(b"")
     values = yaml.safe_load(config.read_text())
     values["model"] = {"from_hf": str(folder)}
     config.write_text(yaml.safe_dump(values))
-    refused(config, "MambaForCausalLM", capsys)
+    refused(config, "BertForMaskedLM", capsys)
 
 
 def test_settings_beside_an_hf_folder_count_even_when_they_are_the_defaults(tmp_path: Path) -> None:
