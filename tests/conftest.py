@@ -36,6 +36,15 @@ def seed(record_property: Any) -> int:
     return value
 
 
+@pytest.fixture(autouse=True)
+def _environment_is_left_as_it_was() -> Iterator[None]:
+    """A command that runs in this process joins a world, which later tests must not believe to be launched into."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _uninitialised_memory_is_nan() -> None:
     poison_uninitialised_memory()
