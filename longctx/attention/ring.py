@@ -10,6 +10,7 @@ Legend: N = B*T flattened query rows, M key rows, H query heads, K kv heads, E h
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,15 +55,18 @@ class RingCall:
 
 @dataclass(frozen=True)
 class Schedules:
-    """Both directions of one plan; found once and shared by all layers."""
+    """How keys travel to queries, and queries to keys, under one plan; found once and shared by all layers."""
 
-    there: Schedule
-    back: Schedule
+    plan: AttentionPlan
+    width: int | None = None
 
-    @staticmethod
-    def of(plan: AttentionPlan, width: int | None = None) -> "Schedules":
-        needs = plan.needed_pairs
-        return Schedules(ring_schedule(needs, width), ring_schedule(needs.T, width))
+    @cached_property
+    def there(self) -> Schedule:
+        return ring_schedule(self.plan.needed_pairs, self.width)
+
+    @cached_property
+    def back(self) -> Schedule:
+        return ring_schedule(self.plan.needed_pairs.T, self.width)
 
 
 class RingAttention(torch.autograd.Function):

@@ -5,6 +5,7 @@ Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
@@ -59,11 +60,10 @@ def exchange(operands: Operands, request: Request) -> Result:
     inner, outer = inner_and_outer(context)
     joined, plan = joined_plan(context, inner.size, request.causal, request.window)
     share = HeadShare.of(operands[0].shape[2], operands[1].shape[2], inner.size)
-    number = context.rank // inner.size
+    tables = joined.tables(context.rank // inner.size, operands[0].device)
     return exchanged(
         lambda q, k, v, sink: _ring((q, k, v, sink), request, plan, outer, None),
-        operands, transposition(context, inner, share), share, joined.order[number], joined.back[number],
-        request.return_lse,
+        operands, transposition(context, inner, share), share, tables, request.return_lse,
     )  # fmt: skip
 
 
@@ -133,14 +133,14 @@ def transposition(context: SequenceContext, inner: Group, share: HeadShare) -> T
 
 def gathered_rows(context: SequenceContext) -> GatherRows:
     """How the rows of the context come together."""
-    make = lambda: GatherRows(context.group, context.batch, context.layout, context.ledger)  # noqa: E731
+    make = partial(GatherRows, context.group, context.batch, context.layout, context.ledger)
     rows: GatherRows = context.once(("gathered rows", context.rank), make)
     return rows
 
 
 def schedules_of(context: SequenceContext, plan: AttentionPlan, width: int | None) -> Schedules:
     """Who works on whose block when; ``plan`` is one that the context keeps."""
-    schedules: Schedules = context.once(("schedules", id(plan), width), lambda: Schedules.of(plan, width))
+    schedules: Schedules = context.once(("schedules", id(plan), width), lambda: Schedules(plan, width))
     return schedules
 
 

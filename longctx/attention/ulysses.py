@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,16 +56,17 @@ def _index(start: int, stop: int, group: int) -> tuple[int, ...]:
 
 def exchanged(
     attend: Attend, operands: Operands, plan: Transposition, share: HeadShare,
-    order: npt.NDArray[np.int64] | None, back: npt.NDArray[np.int64] | None, return_lse: bool,
+    tables: tuple[Tensor, Tensor] | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention output [B, T, H, E] of this rank's tokens, and the log-sum-exp [B, T, H] where it is asked for.
 
     Args:
-        order: the n-th token for ``attend`` is the order[n]-th of the group's tokens rank after rank; ``back`` is its
-            inverse. None: the same order.
+        tables: the n-th token for ``attend`` is the tables[0][n]-th of the group's tokens rank after rank, and
+            tables[1] is the inverse. None: the same order.
     """
+    order, back = tables or (None, None)
     sink_H = operands[3]
-    q_BUHE, k_BUKE, v_BUKE = (_arranged(t, 1, order) for t in plan.to_heads(*operands[:3]))
+    q_BUHE, k_BUKE, v_BUKE = (_arranged(t, order) for t in plan.to_heads(*operands[:3]))
     own = slice(*share.queries[plan.group.rank])
     if not q_BUHE.shape[2]:
         # No head is left for this rank, but its share of the exchange, and the sink, must stay in the graph.
@@ -75,10 +74,10 @@ def exchanged(
         return plan.to_tokens(out_BUHE), _lse_to_tokens(q_BUHE[..., 0].detach(), plan) if return_lse else None
     index = share.index[plan.group.rank]
     if index != tuple(range(k_BUKE.shape[2])):
-        k_BUKE, v_BUKE = (_arranged(t, 2, np.array(index)) for t in (k_BUKE, v_BUKE))
+        k_BUKE, v_BUKE = (t[:, :, list(index)] for t in (k_BUKE, v_BUKE))
     out_BUHE, lse_BUH = attend(q_BUHE, k_BUKE, v_BUKE, None if sink_H is None else sink_H[own])
-    out_BTHE = plan.to_tokens(_arranged(out_BUHE, 1, back))
-    return out_BTHE, _lse_to_tokens(_arranged(lse_BUH, 1, back), plan) if return_lse else None
+    out_BTHE = plan.to_tokens(_arranged(out_BUHE, back))
+    return out_BTHE, _lse_to_tokens(_arranged(lse_BUH, back), plan) if return_lse else None
 
 
 def _lse_to_tokens(lse_BUH: Tensor, plan: Transposition) -> Tensor:
@@ -86,5 +85,5 @@ def _lse_to_tokens(lse_BUH: Tensor, plan: Transposition) -> Tensor:
     return plan.to_tokens(wide[..., None])[..., 0]
 
 
-def _arranged(x: Tensor, dimension: int, order: npt.NDArray[np.int64] | None) -> Tensor:
-    return x if order is None else x.index_select(dimension, torch.from_numpy(order).to(x.device))
+def _arranged(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(1, order)

@@ -225,9 +225,14 @@ class Sequence(Section):
 
     def idle(self) -> dict[str, str]:
         """See :class:`Section`."""
-        if self.scheme in ("hybrid", "double_ring", "auto"):
+        if self.has_inner_groups:
             return {}
         return {"inner": f"scheme {self.scheme} has no inner groups; of use to hybrid, double_ring and auto"}
+
+    @property
+    def has_inner_groups(self) -> bool:
+        """Whether the scheme divides the ranks of a sequence once more."""
+        return self.scheme in ("hybrid", "double_ring", "auto")
 
 
 class Schedule(Section):

@@ -36,7 +36,7 @@ def joined_world(
     _join(launch, device, runtime.timeout)
     try:
         inner = None
-        if sequence.scheme in ("hybrid", "double_ring", "auto"):
+        if sequence.has_inner_groups:
             inner = sequence.inner or default_inner(sequence.degree, launch.local_world)
         yield build_mesh(sequence.degree, device, runtime.timeout, inner)
     except RuntimeError as error:

@@ -5,6 +5,7 @@ Legend: B batch, T local tokens, S global tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -119,25 +120,24 @@ class SequenceContext:
 
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
         """The attention plan of these tokens over this context's keys, computed once."""
-        key = ("plan", causal, window)
-        if key not in self._made:
-            keys = contiguous(self.length, 1) if self.past else self.layout
-            self._made[key] = AttentionPlan(self.layout, keys, self.documents, causal, window)
-        plan: AttentionPlan = self._made[key]
+        keys = contiguous(self.length, 1) if self.past else self.layout
+        make = partial(AttentionPlan, self.layout, keys, self.documents, causal, window)
+        plan: AttentionPlan = self.once(("plan", causal, window), make)
         return plan
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Position of each local token inside its document, int64 [B, T]."""
-        key = ("positions", self.rank, str(device))
-        if key not in self._made:
-            index_T = torch.from_numpy(self.layout.indices(self.rank))
-            rows = []
-            for starts in self.documents:
-                starts_N = torch.tensor(starts)
-                rows.append(index_T - starts_N[torch.searchsorted(starts_N, index_T, right=True) - 1])
-            self._made[key] = torch.stack(rows).to(device) if rows else index_T.new_empty(0, self.local_length)
-        positions_BT: torch.Tensor = self._made[key]
+        make = partial(self._find_positions, device)
+        positions_BT: torch.Tensor = self.once(("positions", self.rank, str(device)), make)
         return positions_BT
+
+    def _find_positions(self, device: torch.device | str) -> torch.Tensor:
+        index_T = torch.from_numpy(self.layout.indices(self.rank))
+        rows = []
+        for starts in self.documents:
+            starts_N = torch.tensor(starts)
+            rows.append(index_T - starts_N[torch.searchsorted(starts_N, index_T, right=True) - 1])
+        return torch.stack(rows).to(device) if rows else index_T.new_empty(0, self.local_length)
 
     def shard(self, x_BS: torch.Tensor) -> torch.Tensor:
         """This rank's tokens, in layout order, of a tensor whose dimension 1 is the global sequence."""

@@ -1,10 +1,11 @@
-"""A layout seen from groups of ranks: what neighbours hold together. Pure integers."""
+"""A layout seen from groups of ranks: what neighbours hold together. Integers, and tables of them on a device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from longctx.sequence.layout import Layout, Run
 
@@ -21,6 +22,17 @@ class Joined:
 
     layout: Layout
     order: tuple[Ints | None, ...]
+    _tables: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor] | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tables(self, group: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``order`` and ``back`` of a group, brought to the device once; None where that is no rearrangement."""
+        if (group, device) not in self._tables:
+            order, back = self.order[group], self.back[group]
+            there = None if order is None or back is None else (torch.from_numpy(order), torch.from_numpy(back))
+            self._tables[group, device] = None if there is None else (there[0].to(device), there[1].to(device))
+        return self._tables[group, device]
 
     @cached_property
     def back(self) -> tuple[Ints | None, ...]:

@@ -129,7 +129,7 @@ def blind_here(kv_heads: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(group.rank)
     shapes = ((6, 2), (keys.sizes[group.rank], kv_heads), (keys.sizes[group.rank], kv_heads))
     q, k, v = (torch.randn(n, h, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n, h in shapes)
-    schedules = Schedules.of(plan)
+    schedules = Schedules(plan)
     back = schedules.back if kv_heads == 2 else None
     call = RingCall(plan, group, schedules.there, back, None, CPU_FLASH, Scoring(0.5))
     out, lse = RingAttention.apply(q, k, v, None, call)  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
 """gather: every rank's rows on every rank in global order, and the sum of such rows back to their owners."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ class GatherRows:
     batch: int
     layout: Layout
     ledger: Ledger | None = None
+    _tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -56,12 +56,12 @@ class GatherRows:
             gathered = own.new_empty(self.group.size * self.rows, *own.shape[1:])
             self._record("gather", padded)
             _collective("all_gather")(gathered, padded, group=self.group.handle)
-        return gathered.index_select(0, torch.from_numpy(self._places).to(own.device))
+        return gathered.index_select(0, self._places_on(own.device))
 
     def scatter_sum(self, whole: torch.Tensor) -> torch.Tensor:
         """[B*S, ...] of every rank, summed over the ranks in its dtype, to this rank's [B*T, ...]."""
         parts = whole.new_zeros(self.group.size * self.rows, *whole.shape[1:])
-        parts.index_copy_(0, torch.from_numpy(self._places).to(whole.device), whole)
+        parts.index_copy_(0, self._places_on(whole.device), whole)
         own = parts
         if self.group.size > 1:
             own = whole.new_empty(self.rows, *whole.shape[1:])
@@ -76,7 +76,12 @@ class GatherRows:
         there = self._transfers("gather", self.rows * row_bytes)
         return there + self._transfers("reduce-scatter", self.rows * return_row_bytes)
 
-    @cached_property
+    def _places_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._tables:
+            self._tables[device] = torch.from_numpy(self._places).to(device)
+        return self._tables[device]
+
+    @property
     def _places(self) -> npt.NDArray[np.int64]:
         """Where row (b, s) lies among the padded shards one after the other, [B*S]."""
         places = np.empty((self.batch, self.layout.length), dtype=np.int64)

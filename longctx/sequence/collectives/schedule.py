@@ -98,10 +98,17 @@ class Schedule:
             bounds[sources, 0] = t
         return bounds
 
+    @cached_property
+    def _children(self) -> tuple[tuple[int, ...], ...]:
+        """For every step those that take their blocks from its holders."""
+        found: list[list[int]] = [[] for _ in self.steps]
+        for t, step in enumerate(self.steps):
+            if step.parent >= 0:
+                found[step.parent].append(t)
+        return tuple(map(tuple, found))
+
     def _find_moves(self, rank: int, step: int) -> Iterator[Move]:
-        for t in range(step + 1, len(self.steps)):
-            if self.steps[t].parent != step:
-                continue
+        for t in self._children[step]:
             outer, inner = self._jump(t)
             receiver, sender = self._shifted(rank, outer, inner), self._shifted(rank, -outer, -inner)
             if self.held[t, receiver]:
