@@ -82,9 +82,8 @@ def estimate(context: SequenceContext, scheme: str, call: Call, machine: Machine
     """Seconds of one forward and backward of one layer on the slowest rank."""
     degree = context.degree
     inner = context.group.inner.size if context.group.inner else degree
-    step = -(-degree // _MOST_RANKS)
     hidden = waited = 0.0
-    for rank in sorted({*range(0, degree, step), inner - 1, degree - 1}):
+    for rank in sampled(degree, inner):
         seen = context.seen_from(folded(rank, degree, inner), scheme)
         forward, backward = planned_passes(seen, call)
         times = {"ring": 0.0, "other": 0.0}
@@ -96,6 +95,11 @@ def estimate(context: SequenceContext, scheme: str, call: Call, machine: Machine
         hidden, waited = max(hidden, times["ring"]), max(waited, times["other"])
     pairs = heaviest(context.seen_from(folded(0, degree, inner), scheme), call)
     return max(pairs * _FLOPS_PER_PAIR * call.head_dim / machine.flops, hidden) + waited
+
+
+def sampled(degree: int, inner: int) -> list[int]:
+    """Ranks whose messages stand for all where there are many: evenly spaced, with the ends of a node and the ring."""
+    return sorted({*range(0, degree, -(-degree // _MOST_RANKS)), inner - 1, degree - 1})
 
 
 def heaviest(context: SequenceContext, call: Call) -> int:

@@ -129,14 +129,14 @@ def _queries_travel(
     assert call.back is not None
     wide, rank = queries.lse_NH.dtype, call.group.rank
     own = torch.zeros_like(queries.q_NHE, dtype=wide)
-    dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=wide, device=k_MKE.device)
+    dkv_M2KE = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
     homeward = Homeward(own, call.query_sizes, call.back, call.group, call.ledger)
     packed = pack_queries(queries) if len(call.back.steps) > 1 else queries.q_NHE
     for step, source, block in circulate(packed, call.query_sizes, call.back, call.group, call.ledger):
         slices = call.plan.slices(source, rank)
         dq_NHE = None
         if step == 0:
-            dkv_M2KE += gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
+            dkv_M2KE = gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
             continue
         if block is not None and slices:
             visitors = unpack_queries(block, queries)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.choice import candidates, heaviest
+from longctx.attention.choice import candidates, heaviest, sampled
 from longctx.attention.schemes import schedules_of
 from longctx.attention.traffic import Call, planned_passes
 from longctx.bench.problem import Shape
@@ -14,9 +14,6 @@ from longctx.runtime.mesh import folded
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
 from longctx.sequence.plan import Documents
-
-_LOOKED_AT = 16
-"""Ranks whose messages are added up where there are more: evenly spaced, the first and the last among them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def _on(
 
 def _planned(ranks: int, inner: int, scheme: str, layout: str, name: str, base: SequenceContext, call: Call) -> Planned:
     most = crossing = 0
-    for rank in sorted({*range(0, ranks, -(-ranks // _LOOKED_AT)), ranks - 1}):
+    for rank in sampled(ranks, inner):
         context = base.seen_from(folded(rank, ranks, inner), scheme)
         forward, backward = planned_passes(context, call)
         sends = [t for t in forward + backward if t.direction == "send"]

@@ -53,13 +53,12 @@ class AttentionPlan:
             self._found[rank, source] = Slices(coalesced(list(self._uncoalesced(rank, source))))
         return self._found[rank, source]
 
-    def needs(self, rank: int, source: int) -> bool:
-        """Whether ``rank`` has any work on the keys of ``source``."""
-        return bool(self.needed_pairs[rank, source])
-
     @cached_property
     def needed_pairs(self) -> npt.NDArray[np.bool_]:
-        """:meth:`needs` for all pairs at once, bool [query ranks, key ranks], found without any slice; read-only."""
+        """Whether a rank has any work on the keys of another, bool [query ranks, key ranks]; read-only.
+
+        Found without any slice.
+        """
         needed = seen_ranks(self._query_pieces, self._key_pieces, self._sight)
         needed.setflags(write=False)
         return needed

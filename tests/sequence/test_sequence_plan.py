@@ -59,7 +59,7 @@ def check(plan: AttentionPlan) -> None:
             found = painted(slices, *wanted.shape)
             assert (found == wanted).all(), (rank, source, slices)
             assert sum(s.area for s in slices) == wanted.sum()
-            assert plan.needs(rank, source) == bool(wanted.any()) == bool(slices)
+            assert plan.needed_pairs[rank, source] == bool(wanted.any()) == bool(slices)
             work[rank] += wanted.sum()
     if sum(plan.keys.sizes) == plan.keys.length:
         assert plan.work == tuple(work)
@@ -144,7 +144,7 @@ def test_work_and_blocks_of_1024_ranks_are_planned_without_a_slice(name: str, wi
     assert sum(work) == causal_pairs(starts, length, window)
     assert needed.shape == (degree, degree) and needed.diagonal().all()
     for rank, source in np.random.default_rng(0).integers(degree, size=(20, 2)).tolist():
-        assert plan.needs(rank, source) == bool(plan.slices(rank, source))
+        assert plan.needed_pairs[rank, source] == bool(plan.slices(rank, source))
 
 
 def test_work_needs_all_keys() -> None:

@@ -91,6 +91,30 @@ class VarlenBackward(Protocol):
     ) -> Gradients: ...  # fmt: skip
 
 
+def flipping(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
+    """Functions that know full and causal blocks, taught the anticausal one: a causal one with both axes flipped."""
+
+    def flipped_forward(
+        q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if mask != "anticausal":
+            return forward(q_NHE, k_MKE, v_MKE, mask, scoring)
+        out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
+        return out.flip(0), lse.flip(0)
+
+    def flipped_backward(
+        dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
+        out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
+    ) -> Gradients:  # fmt: skip
+        if mask != "anticausal":
+            return backward(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, mask, scoring)
+        dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
+        dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
+        return dq.flip(0), dk.flip(0), dv.flip(0)
+
+    return flipped_forward, flipped_backward
+
+
 class Varlen(NamedTuple):
     """The two functions of a kernel that takes many blocks in one call."""
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from longctx.attention.kernels.base import Gradients, Kernel, Scoring
+from longctx.attention.kernels.base import Gradients, Kernel, Scoring, flipping
 from longctx.sequence.plan import Mask
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -35,9 +35,6 @@ def flash_kernel(
     def forward(
         q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask == "anticausal":
-            out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
-            return out.flip(0), lse.flip(0)
         q, k, v = (_batched(t) for t in (q_NHE, k_MKE, v_MKE))
         out, lse = flash_forward((q, k, v), mask == "causal", scoring.scale)
         return out[0].transpose(0, 1), lse[0].T
@@ -46,16 +43,12 @@ def flash_kernel(
         dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
         out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
     ) -> Gradients:  # fmt: skip
-        if mask == "anticausal":
-            dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
-            dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
-            return dq.flip(0), dk.flip(0), dv.flip(0)
         dout, q, k, v, out = (_batched(t) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
         lse = lse_NH.T[None].contiguous()
         dq, dk, dv = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scoring.scale)
         return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
 
-    return Kernel(name, dtypes, forward, backward, **limits)
+    return Kernel(name, dtypes, *flipping(forward, backward), **limits)
 
 
 def _batched(t_NHE: torch.Tensor) -> torch.Tensor:

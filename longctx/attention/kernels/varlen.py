@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.kernels.base import Gradients, Kernel, Scoring, Segments, Varlen
+from longctx.attention.kernels.base import Gradients, Kernel, Scoring, Segments, Varlen, flipping
 from longctx.sequence.plan import Mask
 
 HALF = frozenset({torch.bfloat16, torch.float16})
@@ -23,23 +23,16 @@ def varlen_kernel(name: str, dtypes: frozenset[torch.dtype], varlen: Varlen, **l
     def forward(
         q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask == "anticausal":
-            out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
-            return out.flip(0), lse.flip(0)
         return varlen.forward(q_NHE, k_MKE, v_MKE, _one(q_NHE, k_MKE, mask), scoring)
 
     def backward(
         dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
         out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
     ) -> Gradients:  # fmt: skip
-        if mask == "anticausal":
-            dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
-            dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
-            return dq.flip(0), dk.flip(0), dv.flip(0)
         segments = _one(q_NHE, k_MKE, mask)
         return varlen.backward(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, segments, scoring)
 
-    return Kernel(name, dtypes, forward, backward, varlen=varlen, **limits)
+    return Kernel(name, dtypes, *flipping(forward, backward), varlen=varlen, **limits)
 
 
 def _one(q_NHE: torch.Tensor, k_MKE: torch.Tensor, mask: Mask) -> Segments:
