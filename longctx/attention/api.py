@@ -6,12 +6,12 @@ Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
 import torch
 
 from longctx.attention.choice import choose_scheme
-from longctx.attention.kept import attend_once
 from longctx.attention.kernels import Kernel, Scoring, choose_kernel
 from longctx.attention.schemes import Request, scheme_of
 from longctx.attention.traffic import Call
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.kept import run_once
 
 
 def attention(
@@ -47,9 +47,7 @@ def attention(
     request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel)
     operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
     scheme = scheme_of(request)
-    if context.kept is None:
-        return scheme(operands, request)[0]
-    return attend_once(lambda *tensors: scheme(tensors, request)[0], operands, context.kept)
+    return run_once(lambda *tensors: (scheme(tensors, request)[0],), operands, context.kept)[0]
 
 
 def attention_and_lse(

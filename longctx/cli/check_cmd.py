@@ -55,7 +55,7 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     corpus = "not built yet"
     if size.corpus_tokens:
         corpus = f"{size.corpus_tokens:,} training tokens, {size.total_tokens / size.corpus_tokens:.2f} passes"
-    exports = model.mixer == "softmax"
+    exports = set(model.mixers) == {"softmax"}
     engine = f"deepspeed, ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else config.engine.kind
     return [
         ("run", str(config.run)),

@@ -14,7 +14,8 @@ from typing import Any
 from longctx.config.document import KeyPath, dotted, read_document
 from longctx.config.hf_folder import read_hf_json
 from longctx.config.load import validate
-from longctx.config.schema import MIXER_NAMES, Config, Model, Section
+from longctx.config.mixers import MIXER_NAMES
+from longctx.config.schema import Config, Model, Section
 from longctx.errors import ConfigError
 
 
@@ -108,8 +109,9 @@ def _engine(config: Config) -> Iterator[Problem]:
 
 
 def _mixer(config: Config) -> Iterator[Problem]:
-    if config.model.mixer not in MIXER_NAMES:
-        yield Problem(("model", "mixer"), f"{config.model.mixer!r} is unknown; choices: {', '.join(MIXER_NAMES)}")
+    key = "layers" if config.model.layers else "mixer"
+    for name in sorted(set(config.model.mixers) - set(MIXER_NAMES)):
+        yield Problem(("model", key), f"{name!r} is unknown; choices: {', '.join(MIXER_NAMES)}")
 
 
 def _sequence(config: Config) -> Iterator[Problem]:

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from longctx.config.humanint import parse_int
+from longctx.config.mixers import parse_layers
 from longctx.errors import ConfigError
 
 Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(ge=0)]
 
-MIXER_NAMES = ("softmax",)
-"""What ``model.mixer`` may name; ``longctx.mixers.MIXERS`` holds the classes, which need torch."""
+Layers = Annotated[tuple[str, ...], BeforeValidator(parse_layers, json_schema_input_type=str | list[str])]
 
 
 class Section(BaseModel):
@@ -104,7 +104,13 @@ class Model(Section):
     head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_heads")
     intermediate_size: Count | None = Field(None, description="default: 8/3 hidden_size, rounded up to 64")
     max_position_embeddings: Count | None = Field(None, description="default: sequence.length")
-    mixer: str = Field("softmax", description="sequence mixer of every layer, one of MIXER_NAMES")
+    mixer: str = Field("softmax", description="sequence mixer of every layer")
+    layers: Layers | None = Field(
+        None, description="mixer of each layer, as in [gated_retention*3, softmax] * 6; default: model.mixer in all"
+    )
+    mixer_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings of mixers by their name, as in {gated_retention: {chunk: 128}}"
+    )
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -121,6 +127,14 @@ class Model(Section):
         None, description="read from model.from_hf: config.json of an architecture that trains as transformers' class"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _counted(cls, given: Any) -> Any:
+        """As many layers as the pattern has, where only that is given."""
+        if isinstance(given, dict) and given.get("layers") is not None and "num_layers" not in given:
+            return {**given, "num_layers": len(parse_layers(given["layers"]))}
+        return given
+
     @model_validator(mode="after")
     def _shapes(self) -> "Model":
         if self.hf_config is not None:  # shaped by the rules of its own architecture
@@ -131,6 +145,10 @@ class Model(Section):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim"
             )
+        if self.layers is not None and len(self.layers) != self.num_layers:
+            raise ValueError(f"layers names {len(self.layers)} mixers for num_layers {self.num_layers}; leave one out")
+        if unused := sorted(set(self.mixer_options) - set(self.mixers)):
+            raise ValueError(f"mixer_options are given for {', '.join(unused)}, which no layer uses")
         if self.window_layers is not None and len(self.window_layers) != self.num_layers:
             raise ValueError(f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers")
         if int(self.head_size * self.rope.partial_rotary_factor) % 2:
@@ -144,6 +162,8 @@ class Model(Section):
             replaced = {"rope", "max_position_embeddings"} & self.model_fields_set
             return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - replaced, reason)
         idle = {"hf_config": "it is read from the folder that model.from_hf names"}
+        if self.layers is not None:
+            idle["mixer"] = "model.layers names the mixer of every layer"
         return idle if self.sliding_window else {**idle, "window_layers": "there is no model.sliding_window"}
 
     @property
@@ -152,6 +172,11 @@ class Model(Section):
         if self.hf_config is None:
             return self.family
         return str(next(iter(self.hf_config.get("architectures") or ()), self.hf_config.get("model_type")))
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Name of every layer's mixer."""
+        return self.layers or (self.mixer,) * self.num_layers
 
     @property
     def kv_heads(self) -> int:

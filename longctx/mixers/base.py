@@ -6,9 +6,13 @@ Shapes: B batch, T local tokens, D model.
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from longctx.config.schema import Model
+from longctx.config.schema import Model, Section
+from longctx.errors import ConfigError
+from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
 
@@ -20,12 +24,14 @@ class StateSize(NamedTuple):
 
 
 class Mixer(nn.Module, ABC):
-    """Moves information between the tokens of a sequence: ``finish(mix(prepare(x)))``.
+    """Moves information between the tokens of a sequence, and communicates through collectives only.
 
-    The three steps exist so that activation recomputation never repeats the expensive or communicating part:
-    ``prepare`` and ``finish`` work token by token and may run twice, ``mix`` runs once. All parameters belong to child
+    It may run twice (activation recomputation), its collectives and attention do not. All parameters belong to child
     modules that are called (never to the mixer itself), because ZeRO-3 gathers them at the child's call.
     """
+
+    Options: ClassVar[type[Section]] = Section
+    """What ``model.mixer_options`` may set for it."""
 
     causal: ClassVar[bool]
     collectives: ClassVar[frozenset[str]]
@@ -34,6 +40,23 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__()
+        self.options(config, layer)  # unknown ones are refused
+
+    @classmethod
+    def options(cls, config: Model, layer: int) -> Any:
+        """The :attr:`Options` of the mixer of ``layer``.
+
+        Raises:
+            ConfigError: an option is unknown or has a value it cannot have.
+        """
+        name = config.mixers[layer]
+        try:
+            return cls.Options.model_validate(config.mixer_options.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in ("model", "mixer_options", name, *first["loc"]))
+            known = ", ".join(cls.Options.model_fields) or "none"
+            raise ConfigError(f"{key}: {first['msg']}; {name} has the options: {known}") from None
 
     @classmethod
     @abstractmethod
@@ -48,23 +71,19 @@ class Mixer(nn.Module, ABC):
         """Whether a state of ``past`` tokens may be continued to ``length``; if not, all tokens must run again."""
         return True
 
-    @abstractmethod
-    def prepare(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, ...]:
-        """Project the tokens; token-local, may run again in the backward."""
+    def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
+        """What a forward and then a backward post on this rank, in order, for activations of ``dtype``."""
+        if context.degree == 1 or not self.collectives:
+            return []
+        raise NotImplementedError(f"{type(self).__name__} does not plan its traffic")
 
     @abstractmethod
-    def mix(
-        self, prepared: tuple[Tensor, ...], context: SequenceContext, state: Any = None, memory: Any = None
-    ) -> tuple[Tensor, Any]:
-        """Mix along the sequence; the only step that may communicate. Returns the mixed tokens and the new state."""
-
-    @abstractmethod
-    def finish(self, mixed: Tensor) -> Tensor:
-        """Project back to [B, T, D]; token-local, may run again in the backward."""
-
     def forward(
         self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
     ) -> tuple[Tensor, Any]:
-        """All three steps. State None in, None out."""
-        mixed, state = self.mix(self.prepare(x_BTD, context), context, state, memory)
-        return self.finish(mixed), state
+        """Mix this rank's tokens; returns [B, T, D] and the state after the last token of all ranks.
+
+        Args:
+            state: that before the first token of ``context``, the same on every rank; None in, None out.
+            memory: another source, for mixers that look at one.
+        """

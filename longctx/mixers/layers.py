@@ -6,6 +6,8 @@ modules and never reach into their weights.
 Shapes: B batch, T local tokens, D features.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,24 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Do nothing."""
+
+
+class Learned(nn.Module):
+    """A parameter of its own, with its own way to start; call it to have it.
+
+    Args:
+        initial: the first value, of ``shape``, from a generator on the host.
+    """
+
+    def __init__(self, shape: Sequence[int], initial: Callable[[torch.Generator], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.initial = initial
+
+    def forward(self) -> Tensor:
+        """The parameter."""
+        # A view, since under ZeRO-3 the parameter itself is emptied when this returns.
+        return self.weight.view_as(self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from longctx.attention import attention
+from longctx.attention.traffic import Call, planned_traffic
 from longctx.config.schema import Model
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear, RMSNorm
 from longctx.positions.rope import RotaryEmbedding
+from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
 
@@ -67,7 +69,7 @@ class SoftmaxMixer(Mixer):
         """False where the rotary table changes between the two lengths."""
         return past == 0 or self.rope.table(past) == self.rope.table(length)
 
-    def prepare(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, H, E], rotated keys and values [B, T, K, E]."""
         batch, tokens, _ = x_BTD.shape
         q_BTHE = self.q_proj(x_BTD).view(batch, tokens, self.heads, self.head_dim)
@@ -78,17 +80,22 @@ class SoftmaxMixer(Mixer):
         cos_sin = self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
         return self.rope.rotate(q_BTHE, cos_sin), self.rope.rotate(k_BTKE, cos_sin), v_BTKE
 
-    def mix(
-        self, prepared: tuple[Tensor, ...], context: SequenceContext, state: KVState | None = None, memory: Any = None
+    def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
+        """See :class:`Mixer`."""
+        call = Call(self.heads, self.kv_heads, self.head_dim, dtype, causal=True, window=self.window)
+        return planned_traffic(context, call)
+
+    def forward(
+        self, x_BTD: Tensor, context: SequenceContext, state: KVState | None = None, memory: Any = None
     ) -> tuple[Tensor, KVState | None]:
-        """Attention output [B, T, H, E] and the state with the new tokens, if one was given.
+        """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given, or the cached keys belong to another rotary table than this length.
         """
         if memory is not None:
             raise UnsupportedError("softmax attention takes no memory; use a mixer with cross-attention")
-        q_BTHE, k_BTKE, v_BTKE = prepared
+        q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD, context)
         if state is None:
             if context.past:
                 raise ValueError(f"the context has {context.past} past tokens but no state holds them")
@@ -96,12 +103,8 @@ class SoftmaxMixer(Mixer):
             self._check_state(state, context)
             state = state.append(k_BTKE, v_BTKE)
             k_BTKE, v_BTKE = state
-        return attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window), state
-
-    def finish(self, mixed: Tensor) -> Tensor:
-        """Project the heads back to [B, T, D]."""
-        y_BTD: Tensor = self.o_proj(mixed.flatten(2))
-        return y_BTD
+        mixed_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window)
+        return self.o_proj(mixed_BTHE.flatten(2)), state
 
     def _check_state(self, state: KVState, context: SequenceContext) -> None:
         if state.k_BSKE.shape[1] != context.past:

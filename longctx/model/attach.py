@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from longctx.errors import UnsupportedError
 from longctx.model.attach_attention import NAME, register
 from longctx.model.attach_probe import probe
 from longctx.model.attach_rotary import hook_rotary, length_of, mark_positions
-from longctx.sequence.context import Kept, SequenceContext
+from longctx.model.recompute import recomputed
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.kept import Kept
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -183,20 +183,4 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
             "a recomputed layer got no context; give the model one, as in model(..., longctx=context)"
         )
     keywords = {**function.keywords, "longctx": context.keeping(Kept())}
-    # Gradients pass a reentrant checkpoint through its positional tensors only, so those that need some become such.
-    leaves, structure = tree_flatten((args, keywords))
-    differentiable = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    tensors = [leaves[i] for i in differentiable]
-    for i in differentiable:
-        leaves[i] = None
-
-    def run(_: Tensor, *given: Tensor) -> Any:
-        values = list(leaves)
-        for i, tensor in zip(differentiable, given, strict=True):
-            values[i] = tensor
-        again, words = tree_unflatten(values, structure)
-        return function.func(*function.args, *again, **words)
-
-    # The first tensor makes the region differentiable even where embeddings are frozen.
-    always = torch.zeros((), requires_grad=True)
-    return checkpoint(run, always, *tensors, use_reentrant=True)
+    return recomputed(function.func, *function.args, *args, **keywords)

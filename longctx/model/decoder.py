@@ -12,14 +12,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS
-from longctx.mixers.layers import Embedding, Linear, RMSNorm
+from longctx.mixers.layers import Embedding, Learned, Linear, RMSNorm
 from longctx.model.head import OutputHead
+from longctx.model.recompute import recomputed
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.kept import Kept
 
 State = tuple[Any, ...]
 """Decode state of a model: one entry per layer."""
@@ -49,13 +50,13 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer. With ``recompute`` all but the mixing along the sequence runs again in the backward."""
+    """One pre-norm layer. With ``recompute`` all of it but attention and communication runs again in the backward."""
 
     def __init__(self, config: Model, layer: int, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[config.mixer](config, layer)
+        self.mixer = MIXERS[config.mixers[layer]](config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -64,19 +65,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Any]:
         """See DESIGN.md, "A layer": state None in, None out."""
         if not (self.recompute and torch.is_grad_enabled()):
-            mixed, state = self.mixer.mix(self._before(x_BTD, context), context, state, memory)
-            return self._after(x_BTD, mixed), state
-        prepared = _recomputed(self._before, x_BTD, context)
-        mixed, state = self.mixer.mix(prepared, context, state, memory)
-        return _recomputed(self._after, x_BTD, mixed), state
+            return self._run(x_BTD, context, state, memory)
+        y_BTD, state = recomputed(self._run, x_BTD, context.keeping(Kept()), state, memory)
+        return y_BTD, state
 
-    def _before(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, ...]:
-        return self.mixer.prepare(self.mixer_norm(x_BTD), context)
-
-    def _after(self, x_BTD: Tensor, mixed: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.mixer.finish(mixed)
-        y_BTD: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return y_BTD
+    def _run(self, x_BTD: Tensor, context: SequenceContext, state: Any, memory: Any) -> tuple[Tensor, Any]:
+        mixed_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, state, memory)
+        x_BTD = x_BTD + mixed_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
 
 
 class CausalLM(nn.Module):
@@ -88,15 +84,16 @@ class CausalLM(nn.Module):
         seed: initialise the weights from this seed; None leaves them uninitialised (they are about to be loaded).
 
     Raises:
-        ConfigError: ``vocab_size`` is missing or ``mixer`` is not registered.
+        ConfigError: ``vocab_size`` is missing, a mixer is not registered or has an option it does not know.
     """
 
     def __init__(self, config: Model, *, recompute: bool = False, seed: int | None = 0) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is not set and no tokenizer has filled it in; set model.vocab_size")
-        if config.mixer not in MIXERS:
-            raise ConfigError(f"model.mixer = {config.mixer!r} is not registered; choose from {', '.join(MIXERS)}")
+        for name in config.mixers:
+            if name not in MIXERS:
+                raise ConfigError(f"the mixer {name!r} is not registered; choose from {', '.join(MIXERS)}")
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -114,15 +111,21 @@ class CausalLM(nn.Module):
             self.head.weight = cast(nn.Parameter, self.embed.weight)
 
     def init_weights(self, seed: int) -> None:
-        """Draw every weight from N(0, init_std), norms 1, biases 0.
+        """Draw every weight from N(0, init_std), norms 1, biases 0, :class:`Learned` ones as they say.
 
         Each tensor is drawn on the host from the seed and its own name, so the values depend neither on the device,
         nor on the dtype, nor on what other tensors a model has. Meta tensors are left alone.
         """
+        drawn = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Learned)}
         for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                with torch.no_grad():
-                    parameter.copy_(initial_weight(name, parameter.shape, self.config.init_std, seed))
+            if parameter.is_meta:
+                continue
+            if name in drawn:
+                value = drawn[name].initial(generator_of(name, seed))
+            else:
+                value = initial_weight(name, parameter.shape, self.config.init_std, seed)
+            with torch.no_grad():
+                parameter.copy_(value)
 
     def empty_state(self, batch: int) -> State:
         """The decode state before the first token; passing it to :meth:`forward` asks for a state back."""
@@ -174,9 +177,13 @@ def initial_weight(name: str, shape: Sequence[int], std: float, seed: int) -> Te
         return torch.zeros(shape)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    return torch.randn(shape, generator=generator_of(name, seed)) * std
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The random numbers of the parameter called ``name``."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator) * std
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def parameter_shapes(config: Model) -> dict[str, torch.Size]:
@@ -188,9 +195,3 @@ def parameter_shapes(config: Model) -> dict[str, torch.Size]:
 
 def _layer(module: nn.Module) -> DecoderLayer:
     return cast(DecoderLayer, module)
-
-
-def _recomputed(function: Any, *args: Any) -> Any:
-    # The other flavour repeats the forward in the middle of the backward, and ZeRO-3 then frees a module's parameters
-    # before their gradients arrive ("size of tensor a (0) must match ...").
-    return checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)

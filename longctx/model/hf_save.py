@@ -49,10 +49,8 @@ def save_hf(
         CheckpointError: a parameter is missing or of another shape.
         DataError: the folder exists or cannot be written, or the tokenizer cannot be read or converted.
     """
-    if config.mixer != "softmax":
-        raise ConfigError(
-            f"model.mixer = {config.mixer!r} has no place in a {config.family} folder; only softmax exports"
-        )
+    if others := sorted(set(config.mixers) - {"softmax"}):
+        raise ConfigError(f"the mixer {others[0]!r} has no place in a {config.family} folder; only softmax exports")
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype
     hf_config = to_hf_config(config, str(dtype).removeprefix("torch."))

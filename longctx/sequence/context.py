@@ -15,15 +15,9 @@ from longctx.errors import UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.gather import gather_shards
 from longctx.sequence.collectives.ledger import Ledger
+from longctx.sequence.kept import Kept
 from longctx.sequence.layout import Documents, Layout, Run, contiguous
 from longctx.sequence.plan import AttentionPlan
-
-
-@dataclass(eq=False)
-class Kept:
-    """What attention computed in the first of two passes through a recomputed region (``longctx.attention.kept``)."""
-
-    results: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

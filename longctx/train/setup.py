@@ -119,8 +119,8 @@ def build_model(config: Config, model_config: Model, checkpoint: Path | None) ->
         accepted = cast(DecoderLayer, layer).mixer.layouts
         if layout not in accepted:
             raise ConfigError(
-                f"sequence.layout = {layout} is not one that the mixer {model_config.mixer} of layer {index} accepts; "
-                f"use {' or '.join(sorted(accepted))}"
+                f"sequence.layout = {layout} is not one that the mixer {model_config.mixers[index]} of layer {index} "
+                f"accepts; use {' or '.join(sorted(accepted))}"
             )
     return model.requires_grad_(True)
 

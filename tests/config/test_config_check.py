@@ -12,7 +12,8 @@ from config_files import corpus, hf_folder, write, write_runnable
 
 from longctx.config.check import find_problems, fitting_degrees, load_checked
 from longctx.config.load import dump_config, load_config
-from longctx.config.schema import MIXER_NAMES, Config, Model, Rope
+from longctx.config.mixers import MIXER_NAMES
+from longctx.config.schema import Config, Model, Rope
 from longctx.config.summary import count_parameters, summarize
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS

@@ -16,7 +16,7 @@ from longctx.config.schema import Config, Model
 from longctx.data.corpus import open_corpus
 from longctx.data.rows import Rows
 from longctx.errors import CheckpointError, ConfigError, DataError, LongctxError
-from longctx.mixers import SoftmaxMixer
+from longctx.mixers.softmax import SoftmaxMixer
 from longctx.model.decoder import CausalLM
 from longctx.model.hf import load_hf, save_hf
 from longctx.runtime.mesh import alone, build_mesh

@@ -55,7 +55,7 @@ class GatherRows:
         if self.group.size > 1:
             gathered = own.new_empty(self.group.size * self.rows, *own.shape[1:])
             self._record("gather", padded)
-            _collective("all_gather")(gathered, padded, group=self.group.handle)
+            collective("all_gather")(gathered, padded, group=self.group.handle)
         return gathered.index_select(0, self._places_on(own.device))
 
     def scatter_sum(self, whole: torch.Tensor) -> torch.Tensor:
@@ -66,15 +66,15 @@ class GatherRows:
         if self.group.size > 1:
             own = whole.new_empty(self.rows, *whole.shape[1:])
             self._record("reduce-scatter", own)
-            _collective("reduce_scatter")(own, parts, group=self.group.handle)
+            collective("reduce_scatter")(own, parts, group=self.group.handle)
         return own[: self.batch * self.layout.sizes[self.group.rank]]
 
     def planned(self, row_bytes: int, return_row_bytes: int) -> list[Transfer]:
         """What one :meth:`gather` and one :meth:`scatter_sum` post on this rank, in order."""
         if self.group.size == 1:
             return []
-        there = self._transfers("gather", self.rows * row_bytes)
-        return there + self._transfers("reduce-scatter", self.rows * return_row_bytes)
+        there = to_all(self.group, "gather", self.rows * row_bytes)
+        return there + to_all(self.group, "reduce-scatter", self.rows * return_row_bytes)
 
     def _places_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._tables:
@@ -92,14 +92,16 @@ class GatherRows:
 
     def _record(self, kind: str, part: torch.Tensor) -> None:
         if self.ledger is not None:
-            self.ledger.transfers += self._transfers(kind, part.numel() * part.element_size())
-
-    def _transfers(self, kind: str, size: int) -> list[Transfer]:
-        peers = [rank for place, rank in enumerate(self.group.ranks) if place != self.group.rank]
-        return [Transfer(kind, "send", p, size) for p in peers] + [Transfer(kind, "receive", p, size) for p in peers]
+            self.ledger.transfers += to_all(self.group, kind, part.numel() * part.element_size())
 
 
-def _collective(name: str) -> Callable[..., Any]:
+def to_all(group: Group, kind: str, size: int) -> list[Transfer]:
+    """``size`` bytes to and from every other rank of the group."""
+    peers = [rank for place, rank in enumerate(group.ranks) if place != group.rank]
+    return [Transfer(kind, "send", p, size) for p in peers] + [Transfer(kind, "receive", p, size) for p in peers]
+
+
+def collective(name: str) -> Callable[..., Any]:
     """The form with one tensor in and one out, which torch 2.13 renamed."""
     older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[name]
     function: Callable[..., Any] = getattr(dist, f"{name}_single", None) or getattr(dist, older)

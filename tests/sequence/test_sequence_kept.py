@@ -1,4 +1,4 @@
-"""Attention in a recomputed region runs once.
+"""What communicates in a recomputed region runs once.
 
 Bug: the kept result was an argument of the function that replays it, so autograd ran its backward a second time.
 Fix: it is handed over inside a tuple.
@@ -12,8 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from longctx.attention import attention
-from longctx.attention.kept import attend_once
-from longctx.sequence.context import Kept, SequenceContext
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.kept import Kept, run_once
 
 
 def run(seed: int, again: bool) -> list[torch.Tensor]:
@@ -44,4 +44,4 @@ def test_a_region_that_runs_twice_has_the_same_gradients(seed: int) -> None:
 
 def test_a_second_pass_without_a_first_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="recomputed that was never computed"):
-        attend_once(torch.add, (torch.ones(1), torch.ones(1)), Kept())
+        run_once(lambda a, b: (a + b,), (torch.ones(1), torch.ones(1)), Kept())

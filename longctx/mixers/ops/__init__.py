@@ -1,0 +1,1 @@
+"""What mixers compute with: states along the sequence, in chunks and over ranks, each beside its naive form."""

@@ -1,0 +1,119 @@
+"""This rank's tokens cut into chunks of one size, for mixers that work on chunks and carry a state between them.
+
+Legend: B batch, T local tokens, N chunks, C tokens per chunk.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longctx.errors import UnsupportedError
+from longctx.sequence.context import SequenceContext
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Chunks of ``size`` tokens; none holds tokens of two runs, the last of each run is padded.
+
+    ``places_NC``: index of each token among the T local ones, T where padded. ``runs[r]``: first chunk of this rank's
+    run r and one past its last. A state that enters a chunk reaches its tokens up to the first document start.
+    """
+
+    size: int
+    tokens: int
+    places_NC: Ints
+    runs: tuple[tuple[int, int], ...]
+    documents_BNC: Ints
+    previous_BN: Ints
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.places_NC)
+
+    @cached_property
+    def cut(self) -> bool:
+        """Whether any document starts in or at a chunk, other than at the first token of all."""
+        return not bool((self.documents_BNC == 0).all() and (self.previous_BN[:, 1:] == 0).all())
+
+    def split(self, x_BT: Tensor) -> Tensor:
+        """[B, T, ...] as [B, N, C, ...], zeros where padded."""
+        if self._whole:
+            return x_BT.reshape(len(x_BT), self.count, self.size, *x_BT.shape[2:])
+        padded = torch.cat((x_BT, x_BT.new_zeros(x_BT.shape[0], 1, *x_BT.shape[2:])), dim=1)
+        rows = padded.index_select(1, self._places(x_BT.device))
+        return rows.view(len(x_BT), self.count, self.size, *x_BT.shape[2:])
+
+    def join(self, x_BNC: Tensor) -> Tensor:
+        """[B, N, C, ...] as [B, T, ...], without the padding."""
+        flat = x_BNC.flatten(1, 2)
+        return flat if self._whole else flat.index_select(1, self._back(x_BNC.device))
+
+    def together(self, device: torch.device) -> Tensor:
+        """Whether token i may see token j: both of one document, j not after i; bool [B, N, C, C]."""
+        documents = torch.from_numpy(self.documents_BNC).to(device)
+        return (documents.unsqueeze(-1) == documents.unsqueeze(-2)).tril()
+
+    def reached(self, device: torch.device) -> Tensor:
+        """Whether the state that enters the chunk reaches the token, bool [B, N, C]."""
+        return torch.from_numpy(self.documents_BNC == self.previous_BN[..., None]).to(device)
+
+    def lasting(self, device: torch.device) -> Tensor:
+        """Whether the token is of the document that the chunk ends with, bool [B, N, C]."""
+        return torch.from_numpy(self.documents_BNC == self.documents_BNC[..., -1:]).to(device)
+
+    def passed(self, device: torch.device) -> Tensor:
+        """Whether the state that enters the chunk leaves it, bool [B, N]."""
+        return torch.from_numpy(self.documents_BNC[..., -1] == self.previous_BN).to(device)
+
+    @cached_property
+    def _whole(self) -> bool:
+        return self.count * self.size == self.tokens
+
+    def _places(self, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.places_NC.reshape(-1)).to(device)
+
+    def _back(self, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(self.places_NC.reshape(-1) < self.tokens)).to(device)
+
+
+def chunks_of(context: SequenceContext, size: int) -> Chunks:
+    """The chunks of this rank's tokens, found once per context.
+
+    Raises:
+        UnsupportedError: the layout's runs have gaps (striped).
+    """
+    found: Chunks = context.once(("chunks", size, context.rank), lambda: _find(context, size))
+    return found
+
+
+def _find(context: SequenceContext, size: int) -> Chunks:
+    places, starts, runs, local, first = [], [], [], 0, 0
+    for run in context.layout.runs[context.rank]:
+        if run.step != 1:
+            raise UnsupportedError("a state is carried along neighbouring tokens; use a layout other than striped")
+        count = -(-run.size // size)
+        index = np.arange(count * size, dtype=np.int64).reshape(count, size)
+        places.append(np.where(index < run.size, index + local, context.local_length))
+        # A padded token counts to the document of the last real one.
+        starts.append(np.minimum(index, run.size - 1) + run.start)
+        runs.append((first, first + count))
+        local, first = local + run.size, first + count
+    none = np.empty((0, size), dtype=np.int64)
+    globals_NC = np.concatenate(starts) if starts else none
+    rows, before = [], []
+    for document_starts in context.documents:
+        rows.append(np.searchsorted(document_starts, globals_NC, side="right") - 1)
+        # Before the first token of all there is no document: -1.
+        before.append(np.searchsorted(document_starts, globals_NC[:, 0] - 1, side="right") - 1)
+    shape = (len(context.documents), *globals_NC.shape)
+    return Chunks(
+        size, context.local_length, np.concatenate(places) if places else none, tuple(runs),
+        np.array(rows, dtype=np.int64).reshape(shape), np.array(before, dtype=np.int64).reshape(shape[:2]),
+    )  # fmt: skip

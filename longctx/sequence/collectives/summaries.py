@@ -1,0 +1,78 @@
+"""A fixed-size summary of every rank on every rank; the gradients of all of them flow back to its owner."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.gather import collective, to_all
+from longctx.sequence.collectives.ledger import Ledger, Transfer
+from longctx.sequence.context import SequenceContext
+from longctx.sequence.kept import run_once
+
+
+def gather_summaries(own: Tensor, context: SequenceContext) -> Tensor:
+    """[...] of this rank, of one shape everywhere, as [P, ...] in rank order.
+
+    What a rank makes of the result must enter its loss (:func:`tie`), or the others wait for its gradient for ever.
+    """
+    if context.degree == 1:
+        return own[None]
+
+    def gather(own: Tensor) -> tuple[Tensor]:
+        return (_Gather.apply(own, context.group, context.ledger),)  # type: ignore[no-untyped-call]
+
+    return run_once(gather, (own,), context.kept)[0]
+
+
+def tie(x: Tensor, token: Tensor) -> Tensor:
+    """``x``, whose backward also runs that of ``token``, with gradient 0."""
+    tied: Tensor = _Tie.apply(x, token)  # type: ignore[no-untyped-call]
+    return tied
+
+
+def planned_summaries(group: Group, size: int) -> list[Transfer]:
+    """What the gathering of summaries of ``size`` bytes posts on this rank, forward and then backward."""
+    if group.size == 1:
+        return []
+    return to_all(group, "summary", size) + to_all(group, "summary-return", size)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Group, ledger: Ledger | None) -> Tensor:
+        ctx.group, ctx.ledger = group, ledger
+        own = own.contiguous()
+        _record(ledger, group, "summary", own)
+        gathered = own.new_empty(group.size, *own.shape)
+        collective("all_gather")(gathered.view(-1), own.view(-1), group=group.handle)
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradients = gradients.contiguous()
+        own = gradients.new_empty(gradients.shape[1:])
+        _record(ctx.ledger, ctx.group, "summary-return", own)
+        collective("reduce_scatter")(own.view(-1), gradients.view(-1), group=ctx.group.handle)
+        return own, None, None
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor) -> Tensor:
+        ctx.zeros = partial(token.new_zeros, token.shape)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.zeros()
+
+
+def _record(ledger: Ledger | None, group: Group, kind: str, part: Tensor) -> None:
+    if ledger is not None:
+        ledger.transfers += to_all(group, kind, part.numel() * part.element_size())
