@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longctx.data.tokenizer import Tokenizer
     from longctx.model.attached import AttachedCausalLM
     from longctx.model.decoder import CausalLM
+    from longctx.recurrence import Recurrent
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -56,7 +57,7 @@ def read_model_config(checkpoint: Path) -> Model:
 
 def open_model(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> "tuple[CausalLM | AttachedCausalLM, Model, Tokenizer]":
+) -> "tuple[CausalLM | AttachedCausalLM | Recurrent, Model, Tokenizer]":
     """Load a model in evaluation mode with its tokenizer.
 
     Args:
@@ -69,17 +70,19 @@ def open_model(
     from longctx.data.tokenizer import load_tokenizer
     from longctx.model.attached import build_attached, open_attached
     from longctx.model.hf import empty_model, load_hf, read_hf_config
+    from longctx.recurrence import with_recurrence
 
     path = Path(path)
     checkpoint = checkpoint_of(path)
-    model: CausalLM | AttachedCausalLM
+    model: CausalLM | AttachedCausalLM | Recurrent
     if checkpoint is not None:
         config = read_model_config(checkpoint)
         if config.hf_config is not None:
-            model = build_attached(config)
+            decoder: CausalLM | AttachedCausalLM = build_attached(config)
         else:
-            model = empty_model(config).to_empty(device="cpu")
-            model.tie_weights()
+            decoder = empty_model(config).to_empty(device="cpu")
+            decoder.tie_weights()
+        model = with_recurrence(decoder, None)
         load_weights(checkpoint, model)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         if dtype is not None:

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from longctx.checkpoint.folder import open_model
     from longctx.errors import ConfigError
     from longctx.model.attached import AttachedCausalLM
+    from longctx.model.decoder import CausalLM
     from longctx.model.families import check_exportable
     from longctx.model.hf_save import save_attached, save_hf
 
@@ -41,6 +42,12 @@ def run(args: argparse.Namespace) -> int:
     model, config, tokenizer = open_model(args.source)
     if args.family and config.hf_config is not None:
         raise ConfigError(f"--family {args.family}: a {config.architecture} is written as such; leave --family out")
+    if config.recurrence is not None:
+        raise ConfigError(
+            f"{args.source} is a model behind the recurrence {config.recurrence.kind}, which no Hugging Face folder "
+            "holds; generate and eval take it as it is"
+        )
+    assert isinstance(model, AttachedCausalLM | CausalLM)
     config = config.model_copy(update={"family": args.family or config.family})
     check_exportable(config)
     model = model if dtype is None else model.to(dtype)

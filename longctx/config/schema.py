@@ -91,6 +91,35 @@ _ROPE_KEYS = {
 """What each type reads besides ``rope_theta`` and ``partial_rotary_factor``, which all read."""
 
 
+class Recurrence(Section):
+    """What is handed from one segment of a sequence to the next (see ``longctx.recurrence``)."""
+
+    kind: Literal["rmt", "armt"] = Field("rmt", description="memory tokens, or associative memory in every layer")
+    segment: Count = Field(description="tokens per segment")
+    memory: NonNegative = Field(16, description="memory tokens per segment")
+    bptt: NonNegative | None = Field(None, description="segment boundaries that gradients cross at most; default: all")
+    keys: PositiveInt | None = Field(None, description="armt: size of a memory key before its features; default: 64")
+    curriculum: tuple[tuple[NonNegative, PositiveInt], ...] = Field(
+        (), description="[step, segments] pairs: from that step on memory is carried over at most so many segments"
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "Recurrence":
+        steps = [step for step, _ in self.curriculum]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"the steps of curriculum {steps} should ascend")
+        return self
+
+    def idle(self) -> dict[str, str]:
+        """See :class:`Section`."""
+        return {} if self.kind == "armt" else {"keys": "kind rmt has no keys; of use to armt"}
+
+    def carried(self, step: int) -> int | None:
+        """Segments that memory is carried over in optimizer step ``step`` (from 0); None: all."""
+        reached = [segments for first, segments in self.curriculum if first <= step]
+        return reached[-1] if reached else None
+
+
 class Model(Section):
     """A Llama-family decoder. ``from_hf`` replaces every shape below by those of a local Hugging Face folder."""
 
@@ -111,6 +140,7 @@ class Model(Section):
     mixer_options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of mixers by their name, as in {gated_retention: {chunk: 128}}"
     )
+    recurrence: Recurrence | None = Field(None, description="recurrence over segments; default: none")
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -160,7 +190,7 @@ class Model(Section):
         if self.from_hf is not None:
             reason = f"it comes from model.from_hf ({self.from_hf})"
             replaced = {"rope", "max_position_embeddings"} & self.model_fields_set
-            return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - replaced, reason)
+            return dict.fromkeys(Model.model_fields.keys() - {"from_hf", "recurrence"} - replaced, reason)
         idle = {"hf_config": "it is read from the folder that model.from_hf names"}
         if self.layers is not None:
             idle["mixer"] = "model.layers names the mixer of every layer"
@@ -202,7 +232,8 @@ class Model(Section):
                 f"model.{taken[0]} cannot be set beside a {base.architecture}, which takes it from its config.json; "
                 f"change it in {self.from_hf}"
             )
-        chosen = {key: getattr(self, key) for key in {"rope", "max_position_embeddings"} & self.model_fields_set}
+        beside = {"rope", "max_position_embeddings", "recurrence"}
+        chosen = {key: getattr(self, key) for key in beside & self.model_fields_set}
         return base.model_copy(update={key: value for key, value in chosen.items() if value is not None})
 
     def window(self, layer: int) -> int | None:
@@ -384,6 +415,6 @@ class Config(Section):
 
 
 __all__ = [
-    "Checkpoint", "Config", "Data", "Engine", "Model", "Rope", "Runtime", "Schedule", "Section",
+    "Checkpoint", "Config", "Data", "Engine", "Model", "Recurrence", "Rope", "Runtime", "Schedule", "Section",
     "Sequence", "Source", "Trackers", "Train",
 ]  # fmt: skip

@@ -17,10 +17,11 @@ from longctx.errors import DataError, LongctxError
 from longctx.eval.scoring import CHUNK, token_nll
 from longctx.generate.decode import LanguageModel
 from longctx.model.head import IGNORED
+from longctx.recurrence.segments import layout_maker
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS, Run
+from longctx.sequence.layout import Run
 from longctx.train.batches import RowSource
 
 Int64Array = npt.NDArray[np.int64]
@@ -74,7 +75,7 @@ def by_position(
     sums_K, counts_K = torch.zeros(2, num_bins, dtype=torch.float64)
     num_bytes = 0
     for row in range(num_rows):
-        context = _context(mesh, layout, rows.length, rows.documents(row))
+        context = _context(mesh, model, layout, rows.length, rows.documents(row))
         tokens_T, labels_T = rows.read(row, context.layout.runs[context.rank])
         nll_T, valid_T = _score(model, tokens_T, labels_T, context, mesh, chunk)
         bins_T = _bit_length(context.positions()[0])
@@ -115,7 +116,7 @@ def context_gain(
             ids = window[-(kept + targets) :]
             tokens, labels = ids[:-1], ids[1:].copy()
             labels[:-targets] = IGNORED
-            context = _context(mesh, _LAYOUT, len(tokens), (0,))
+            context = _context(mesh, model, _LAYOUT, len(tokens), (0,))
             own = context.layout.indices(context.rank)
             nll_T, _ = _score(model, tokens[own], labels[own], context, mesh, CHUNK)
             sums_C[index] += nll_T.sum()
@@ -126,8 +127,8 @@ def context_gain(
     return {"targets": count, "windows": len(windows), "curve": curve}
 
 
-def _context(mesh: Mesh, layout: str, length: int, documents: tuple[int, ...]) -> SequenceContext:
-    cut = LAYOUTS[layout](length, mesh.sequence.size, (documents,))
+def _context(mesh: Mesh, model: LanguageModel, layout: str, length: int, documents: tuple[int, ...]) -> SequenceContext:
+    cut = layout_maker(layout, model.config.recurrence)(length, mesh.sequence.size, (documents,))
     return SequenceContext(mesh.sequence, cut, (documents,))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
 from longctx.model.head import OutputHead
@@ -19,7 +20,13 @@ from longctx.sequence.context import SequenceContext
 class LanguageModel(Protocol):
     """The part of :class:`longctx.model.decoder.CausalLM` that decoding and evaluation use."""
 
-    head: OutputHead
+    @property
+    def head(self) -> OutputHead:
+        """The output head."""
+
+    @property
+    def config(self) -> Model:
+        """The model section."""
 
     def __call__(self, tokens_BT: Tensor, context: SequenceContext, *, state: Any = None) -> Any:
         """An object with ``hidden_BTD`` and ``state`` (None unless a state was given)."""

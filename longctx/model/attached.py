@@ -52,6 +52,15 @@ class AttachedCausalLM(nn.Module):
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, None if state is None else ())
 
+    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Embeddings [B, T, D]."""
+        x_BTD: Tensor = self.hf.get_input_embeddings()(tokens_BT)
+        return x_BTD
+
+    def run(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> tuple[Tensor, Any]:
+        """Last hidden states [B, T, D] of embedded tokens."""
+        return self.hf.base_model(inputs_embeds=x_BTD, longctx=context).last_hidden_state, state
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AttachedCausalLM":
         """As any module's, but rotary frequencies and their like are never rounded to half precision."""
         exact = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}

@@ -116,16 +116,7 @@ class CausalLM(nn.Module):
         Each tensor is drawn on the host from the seed and its own name, so the values depend neither on the device,
         nor on the dtype, nor on what other tensors a model has. Meta tensors are left alone.
         """
-        drawn = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Learned)}
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            if name in drawn:
-                value = drawn[name].initial(generator_of(name, seed))
-            else:
-                value = initial_weight(name, parameter.shape, self.config.init_std, seed)
-            with torch.no_grad():
-                parameter.copy_(value)
+        draw_weights(self, self.config.init_std, seed)
 
     def empty_state(self, batch: int) -> State:
         """The decode state before the first token; passing it to :meth:`forward` asks for a state back."""
@@ -149,14 +140,24 @@ class CausalLM(nn.Module):
             state: one entry per layer (see :meth:`empty_state`), or None.
             loss_chunk: tokens per chunk of the output head.
         """
-        x_BTD = self.embed(tokens_BT)
+        hidden_BTD, state = self.run(self.embed_tokens(tokens_BT), context, state)
+        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
+        return Output(loss_sum, hidden_BTD, state)
+
+    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Embeddings [B, T, D]."""
+        x_BTD: Tensor = self.embed(tokens_BT)
+        return x_BTD
+
+    def run(
+        self, x_BTD: Tensor, context: SequenceContext, state: Sequence[Any] | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Last hidden states [B, T, D] of embedded tokens, and the new state or None."""
         new_state = []
         for index, layer in enumerate(self.layers):
             x_BTD, layer_state = layer(x_BTD, context, None if state is None else state[index])
             new_state.append(layer_state)
-        hidden_BTD = self.norm(x_BTD)
-        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, None if state is None else tuple(new_state))
+        return self.norm(x_BTD), None if state is None else tuple(new_state)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""
@@ -169,6 +170,19 @@ class CausalLM(nn.Module):
         Length-dependent rotary types change what every earlier position computed (see ``RotaryEmbedding.table``).
         """
         return all(_layer(layer).mixer.state_survives(past, length) for layer in self.layers)
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, std: float, seed: int, leave: str | None = None) -> None:
+    """See :meth:`CausalLM.init_weights`; parameters whose name starts with ``leave`` are left as they are."""
+    drawn = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, Learned)}
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or (leave is not None and name.startswith(leave)):
+            continue
+        if name in drawn:
+            parameter.copy_(drawn[name].initial(generator_of(name, seed)))
+        else:
+            parameter.copy_(initial_weight(name, parameter.shape, std, seed))
 
 
 def initial_weight(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from longctx.model.attached import AttachedCausalLM, build_attached, check_train
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
+from longctx.recurrence import with_recurrence
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.train.callbacks import Checkpoints, MetricsFile, StepLine, TensorBoard, Validation, Wandb
@@ -99,14 +100,25 @@ def _within_positions(model: Model, config: Config) -> Model:
     return model
 
 
-def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM | AttachedCausalLM:
+def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> nn.Module:
     """The fp32 model on the host: from a checkpoint, a Hugging Face folder, or freshly drawn from ``train.seed``."""
-    recompute = config.train.recompute
+    decoder: CausalLM | AttachedCausalLM
     if model_config.hf_config is not None:
-        return _attached(config, model_config, checkpoint).requires_grad_(True)
+        decoder = _attached(config, model_config, checkpoint)
+    else:
+        decoder = _native(config, model_config, checkpoint)
+    model = with_recurrence(decoder, config.train.seed if checkpoint is None else None)
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
+    if isinstance(decoder, AttachedCausalLM):
+        check_training(decoder)
+    return model.requires_grad_(True)
+
+
+def _native(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM:
+    recompute = config.train.recompute
     if checkpoint is not None:
         model = CausalLM(model_config, recompute=recompute, seed=None)
-        load_weights(checkpoint, model)
     elif config.model.from_hf is not None:
         loaded, _ = load_hf(config.model.from_hf, torch.float32)
         model = CausalLM(model_config, recompute=recompute, seed=None)
@@ -122,19 +134,15 @@ def build_model(config: Config, model_config: Model, checkpoint: Path | None) ->
                 f"sequence.layout = {layout} is not one that the mixer {model_config.mixers[index]} of layer {index} "
                 f"accepts; use {' or '.join(sorted(accepted))}"
             )
-    return model.requires_grad_(True)
+    return model
 
 
 def _attached(config: Config, model_config: Model, checkpoint: Path | None) -> AttachedCausalLM:
     recompute = config.train.recompute
     if checkpoint is not None:
-        model = build_attached(model_config, recompute=recompute)
-        load_weights(checkpoint, model)
-    else:
-        assert config.model.from_hf is not None  # where hf_config came from
-        model = open_attached(config.model.from_hf, model_config, dtype=torch.float32, recompute=recompute)
-    check_training(model)
-    return model
+        return build_attached(model_config, recompute=recompute)
+    assert config.model.from_hf is not None  # where hf_config came from
+    return open_attached(config.model.from_hf, model_config, dtype=torch.float32, recompute=recompute)
 
 
 def build_engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:

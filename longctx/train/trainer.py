@@ -16,9 +16,10 @@ from longctx.attention.choice import Choice, choose_scheme
 from longctx.attention.traffic import Call
 from longctx.config.schema import Config, Model
 from longctx.errors import LongctxError
+from longctx.recurrence.segments import layout_maker, with_resets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS, Documents
+from longctx.sequence.layout import Documents
 from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
 from longctx.train.engine import Engine
 from longctx.train.flops import flops_per_token, peak_flops
@@ -87,9 +88,11 @@ class Trainer:
         )
 
     def _context(self, documents: Documents, scheme: str) -> SequenceContext:
-        sequence, group = self.config.sequence, self.mesh.sequence
-        layout = LAYOUTS[sequence.layout](sequence.length, group.size, documents)
-        return SequenceContext(group, layout, documents, scheme=scheme)
+        sequence, group, recurrence = self.config.sequence, self.mesh.sequence, self.model.recurrence
+        if recurrence is not None and (carried := recurrence.carried(self.progress.step)):
+            documents = with_resets(documents, carried * recurrence.segment, sequence.length)
+        cut = layout_maker(sequence.layout, recurrence)
+        return SequenceContext(group, cut(sequence.length, group.size, documents), documents, scheme=scheme)
 
     def run(self) -> None:
         """Train to the end.

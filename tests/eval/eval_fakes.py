@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from longctx.config.schema import Model
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Run
 
@@ -25,6 +26,8 @@ class FakeOutput(NamedTuple):
 
 class SuccessorModel:
     """Gives the token ``(t + 1) % V`` after token t the probability ``of_position(p)``, the rest share what is left."""
+
+    config = Model()
 
     def __init__(self, vocab_size: int, of_position: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.vocab_size = vocab_size
@@ -54,6 +57,8 @@ class SuccessorModel:
 
 class ReaderModel:
     """Reads bytes as text and predicts the next byte by ``predict(text so far)``; None means it does not know."""
+
+    config = Model()
 
     def __init__(self, predict: Callable[[str], str | None], vocab_size: int = 257, survives: bool = True) -> None:
         self.predict = predict

@@ -13,6 +13,7 @@ ORDER = (
     "attention",
     "mixers",
     "model",
+    "recurrence",
     "data",
     "model.tokenizer_export",  # an exported folder holds a model and its tokenizer
     "model.hf_save",

@@ -1,9 +1,10 @@
-"""A fixed-size summary of every rank on every rank; the gradients of all of them flow back to its owner."""
+"""A fixed-size summary of every rank, or of one, on every rank; the gradients of all of them flow back to its owner."""
 
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,20 @@ def gather_summaries(own: Tensor, context: SequenceContext) -> Tensor:
     return run_once(gather, (own,), context.kept)[0]
 
 
+def share(own: Tensor, owner: int, context: SequenceContext) -> Tensor:
+    """[...] of rank ``owner`` on every rank; the others give a tensor of the same shape, whose values do not matter.
+
+    As for :func:`gather_summaries`, the result must enter the loss of every rank.
+    """
+    if context.degree == 1:
+        return own
+
+    def send(own: Tensor) -> tuple[Tensor]:
+        return (_Share.apply(own, owner, context.group, context.ledger),)  # type: ignore[no-untyped-call]
+
+    return run_once(send, (own,), context.kept)[0]
+
+
 def tie(x: Tensor, token: Tensor) -> Tensor:
     """``x``, whose backward also runs that of ``token``, with gradient 0."""
     tied: Tensor = _Tie.apply(x, token)  # type: ignore[no-untyped-call]
@@ -39,6 +54,11 @@ def planned_summaries(group: Group, size: int) -> list[Transfer]:
     if group.size == 1:
         return []
     return to_all(group, "summary", size) + to_all(group, "summary-return", size)
+
+
+def planned_share(group: Group, owner: int, size: int) -> tuple[list[Transfer], list[Transfer]]:
+    """What sharing ``size`` bytes of rank ``owner`` posts on this rank, forward and backward."""
+    return _shared(group, owner, "share", size), _shared(group, owner, "share-return", size)
 
 
 class _Gather(torch.autograd.Function):
@@ -61,6 +81,24 @@ class _Gather(torch.autograd.Function):
         return own, None, None
 
 
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, owner: int, group: Group, ledger: Ledger | None) -> Tensor:
+        ctx.owner, ctx.group, ctx.ledger = owner, group, ledger
+        shared = own.contiguous().clone()
+        _record_share(ledger, group, owner, "share", shared)
+        dist.broadcast(shared, group.ranks[owner], group=group.handle)
+        return shared
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        total = gradient.contiguous().clone()
+        _record_share(ctx.ledger, ctx.group, ctx.owner, "share-return", total)
+        dist.reduce(total, ctx.group.ranks[ctx.owner], group=ctx.group.handle)
+        return (total if ctx.group.rank == ctx.owner else torch.zeros_like(total)), None, None, None
+
+
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor) -> Tensor:
@@ -76,3 +114,17 @@ class _Tie(torch.autograd.Function):
 def _record(ledger: Ledger | None, group: Group, kind: str, part: Tensor) -> None:
     if ledger is not None:
         ledger.transfers += to_all(group, kind, part.numel() * part.element_size())
+
+
+def _record_share(ledger: Ledger | None, group: Group, owner: int, kind: str, part: Tensor) -> None:
+    if ledger is not None:
+        ledger.transfers += _shared(group, owner, kind, part.numel() * part.element_size())
+
+
+def _shared(group: Group, owner: int, kind: str, size: int) -> list[Transfer]:
+    """From the owner to everybody; the way back the other way round."""
+    outward = (group.rank == owner) == (kind == "share")
+    peers = [rank for place, rank in enumerate(group.ranks) if place != group.rank]
+    if group.rank != owner:
+        peers = [group.ranks[owner]] * (group.size > 1)
+    return [Transfer(kind, "send" if outward else "receive", peer, size) for peer in peers]

@@ -1,0 +1,34 @@
+"""What wraps a whole decoder over the segments of a long sequence and hands a state from each to the next."""
+
+from longctx.model.attached import AttachedCausalLM
+from longctx.model.decoder import CausalLM, draw_weights
+from longctx.recurrence.armt import AssociativeRecurrentMemory
+from longctx.recurrence.memory import RecurrentMemory
+
+Recurrent = RecurrentMemory | AssociativeRecurrentMemory
+Decoder = CausalLM | AttachedCausalLM
+
+
+def with_recurrence(decoder: Decoder, seed: int | None = 0) -> Decoder | Recurrent:
+    """The decoder behind the recurrence that its config asks for, or itself.
+
+    Args:
+        seed: draws the parameters of the recurrence; None leaves them uninitialised (they are about to be loaded).
+
+    Raises:
+        ConfigError: the recurrence does not fit the decoder.
+    """
+    recurrence = decoder.config.recurrence
+    if recurrence is None:
+        return decoder
+    model: Recurrent
+    if recurrence.kind == "rmt":
+        model = RecurrentMemory(decoder, recurrence)
+    else:
+        model = AssociativeRecurrentMemory(decoder, recurrence)
+    if seed is not None:
+        draw_weights(model, decoder.config.init_std, seed, leave="decoder.")
+    return model
+
+
+__all__ = ["AssociativeRecurrentMemory", "Recurrent", "RecurrentMemory", "with_recurrence"]

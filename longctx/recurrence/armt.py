@@ -1,0 +1,247 @@
+"""Associative Recurrent Memory Transformer: every layer hands a matrix of associations to the next segment.
+
+Rodkin et al., arXiv 2407.04841. A segment is run as ``[X; M]``, the memory tokens M behind the tokens starting anew
+from learned ones. After a layer its memory rows write ``k = W_k m, v = W_v m`` with strength ``b = sigmoid(w_b m)``::
+
+    A += sum b phi(k) (v - A phi(k) / (z phi(k)))     z += sum c phi(k),    c = clip(1 - z phi(k) / |phi(k)|^2, 0, 1)
+
+so that a key written again replaces its value. Before the same layer of the next segment every row reads
+``h += A phi(q) / (z phi(q))`` with ``q = W_q h``. phi is DPFP-3 (Schlag et al., arXiv 2102.11174). Each segment is cut
+over all ranks; the message per segment and layer is m x D numbers, from the rank that holds the memory tokens to all.
+
+Shapes: B batch, T local tokens, m memory tokens, D model, E key size, F = 6 E features.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.config.schema import Recurrence
+from longctx.errors import ConfigError
+from longctx.mixers.layers import Learned, Linear
+from longctx.model.decoder import CausalLM, Output
+from longctx.model.head import OutputHead
+from longctx.recurrence.segments import Segment, segments_of
+from longctx.sequence.collectives.summaries import share, tie
+from longctx.sequence.context import SequenceContext
+
+_EPS = 1e-5
+
+
+class Associations(NamedTuple):
+    """What a layer remembers of earlier segments; fp32 (fp64 for fp64)."""
+
+    values_BFD: Tensor
+    keys_BF: Tensor
+
+
+class AssociativeState(NamedTuple):
+    """Decode state: associations of every layer as of the last full segment, and the state inside this one."""
+
+    layers: tuple[Associations, ...]
+    inner: Any
+
+
+def dpfp(x: Tensor, order: int = 3) -> Tensor:
+    """Features of [..., E]: products of ``relu([x, -x])`` with its first ``order`` rolls, [..., 2 * order * E]."""
+    y = torch.cat((x, -x), dim=-1).relu()
+    return torch.cat([y * y.roll(shift, dims=-1) for shift in range(1, order + 1)], dim=-1)
+
+
+class AssociativeMemory(nn.Module):
+    """The associative memory of one layer."""
+
+    def __init__(self, hidden_size: int, keys: int) -> None:
+        super().__init__()
+        self.features = 6 * keys
+        self.q_proj = Linear(hidden_size, keys, bias=False)
+        self.k_proj = Linear(hidden_size, keys, bias=False)
+        self.v_proj = _ZeroLinear(hidden_size)
+        self.strength_proj = Linear(hidden_size, 1, bias=True)
+
+    def empty(self, x_BTD: Tensor) -> Associations:
+        """Nothing remembered."""
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        batch, width = x_BTD.shape[0], x_BTD.shape[2]
+        values = x_BTD.new_zeros(batch, self.features, width, dtype=wide)
+        return Associations(values, x_BTD.new_zeros(batch, self.features, dtype=wide))
+
+    def read(self, x_BTD: Tensor, memory: Associations) -> Tensor:
+        """What the rows are associated with, [B, T, D]."""
+        phi_BTF = dpfp(self.q_proj(x_BTD).to(memory.keys_BF.dtype))
+        found_BTD = phi_BTF @ memory.values_BFD / ((phi_BTF @ memory.keys_BF[..., None]) + _EPS)
+        return found_BTD.to(x_BTD.dtype)
+
+    def write(self, rows_BMD: Tensor, memory: Associations) -> Associations:
+        """The memory with the associations of the memory rows."""
+        wide = memory.keys_BF.dtype
+        phi = dpfp(self.k_proj(rows_BMD).to(wide))
+        strength = self.strength_proj(rows_BMD).to(wide).sigmoid()
+        seen = phi @ memory.keys_BF[..., None]
+        known = phi @ memory.values_BFD / (seen + _EPS)
+        change = strength * (self.v_proj(rows_BMD).to(wide) - known)
+        # A constant of the update: where gradients went through it, they would only shrink what is stored.
+        share_new = (1 - seen / (phi.square().sum(-1, keepdim=True) + _EPS)).clamp(0, 1).detach()
+        return Associations(memory.values_BFD + phi.mT @ change, memory.keys_BF + (share_new * phi).sum(1))
+
+
+class _ZeroLinear(nn.Module):
+    """A square projection that starts at zero: a new memory changes nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weights = Learned((size, size), lambda _: torch.zeros(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weights())
+
+
+class AssociativeRecurrentMemory(nn.Module):
+    """A native decoder whose layers have associative memories, with the interface of a decoder.
+
+    Gradients cross at most ``recurrence.bptt`` segment boundaries (None: all of them).
+
+    Raises:
+        ConfigError: the decoder is not native: others have no place between their layers.
+    """
+
+    def __init__(self, decoder: Any, recurrence: Recurrence) -> None:
+        super().__init__()
+        if not isinstance(decoder, CausalLM):
+            raise ConfigError(
+                f"recurrence.kind = armt works between the layers of a native decoder, not of a "
+                f"{decoder.config.architecture}; use kind rmt"
+            )
+        self.decoder, self.recurrence, self.config = decoder, recurrence, decoder.config
+        width, std = decoder.config.hidden_size, decoder.config.init_std
+        shape = (recurrence.memory, width)
+        self.memory = Learned(shape, lambda generator: torch.randn(shape, generator=generator) * std)
+        self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or 64) for _ in decoder.layers)
+
+    @property
+    def head(self) -> OutputHead:
+        """The decoder's."""
+        return self.decoder.head
+
+    def forward(
+        self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
+        state: AssociativeState | None = None, loss_chunk: int = 1024,
+    ) -> Output:  # fmt: skip
+        """As :meth:`longctx.model.decoder.CausalLM.forward`; the context's layout comes segment by segment."""
+        x_BTD = self.decoder.embed_tokens(tokens_BT)
+        if state is not None:
+            hidden_BTD, state = self._decode(x_BTD, context, state)
+        else:
+            hidden_BTD = self._train(x_BTD, context)
+        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
+        return Output(loss_sum, hidden_BTD, state)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] of hidden states."""
+        return self.decoder.logits(hidden_BTD)
+
+    def empty_state(self, batch: int) -> AssociativeState:
+        """Nothing remembered, no token seen."""
+        like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
+        return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """What counts is how far positions reach inside a segment."""
+        return self.decoder.state_survives(1, self.recurrence.segment + self.recurrence.memory)
+
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+        segments = segments_of(context, self.recurrence.segment, 0, self.recurrence.memory)
+        carried: list[Associations | None] = [None] * len(self.layers)
+        first_BMD, crossed, outputs = self._first(len(x_BTD)), self.recurrence.bptt, []
+        for number, segment in enumerate(segments):
+            if crossed is not None and number % (crossed + 1) == 0:
+                carried = [None if m is None else Associations(*(t.detach() for t in m)) for m in carried]
+            h_BTD = torch.cat((x_BTD[:, segment.rows], first_BMD[:, : segment.behind]), dim=1)
+            last = number + 1 == len(segments)
+            for index in range(len(self.layers)):
+                h_BTD, carried[index] = self._layer(index, h_BTD, segment, carried[index], first_BMD, context, last)
+            end = h_BTD.shape[1] - segment.behind
+            outputs.append(self.decoder.norm(h_BTD[:, :end]))
+        return torch.cat(outputs, dim=1)
+
+    def _layer(
+        self, index: int, h_BTD: Tensor, segment: Segment, memory: Associations | None, first_BMD: Tensor,
+        context: SequenceContext, last: bool,
+    ) -> tuple[Tensor, Associations | None]:  # fmt: skip
+        own = _memory(self.layers[index])
+        if memory is not None:
+            h_BTD = h_BTD + own.read(h_BTD, memory) * _remembering(segment, h_BTD)
+        h_BTD, _ = self.decoder.layers[index](h_BTD, segment.context)
+        if last or not self.recurrence.memory:
+            return h_BTD, None
+        written = h_BTD[:, h_BTD.shape[1] - segment.behind :] if segment.behind else first_BMD
+        rows_BMD = share(written, segment.owner, context)
+        memory = own.empty(h_BTD) if memory is None else _forgotten(memory, segment)
+        memory = own.write(rows_BMD, memory)
+        return tie(tie(h_BTD, memory.values_BFD), memory.keys_BF), memory
+
+    def _decode(
+        self, x_BTD: Tensor, context: SequenceContext, state: AssociativeState
+    ) -> tuple[Tensor, AssociativeState]:
+        """Tokens that follow ``context.past`` ones, on one rank: the memory tokens run when a segment is full."""
+        length, outputs, position = self.recurrence.segment, [], context.past
+        while x_BTD.shape[1]:
+            start = position % length
+            part, x_BTD = x_BTD[:, : length - start], x_BTD[:, length - start :]
+            inner = self.decoder.empty_state(len(part)) if state.inner is None else state.inner
+            now = SequenceContext.single(len(part), start).extend(part.shape[1])
+            hidden, inner, _ = self._piece(part, now, inner, state.layers, position >= length)
+            outputs.append(self.decoder.norm(hidden))
+            position += part.shape[1]
+            state = AssociativeState(state.layers, inner)
+            if position % length == 0:
+                state = self._close(len(part), now, state, position > length)
+        return torch.cat(outputs, dim=1), state
+
+    def _close(self, batch: int, now: SequenceContext, state: AssociativeState, reads: bool) -> AssociativeState:
+        """Run the memory tokens of a full segment and remember what they write."""
+        after = now.extend(self.recurrence.memory)
+        _, _, rows = self._piece(self._first(batch), after, state.inner, state.layers, reads)
+        layers = [_memory(layer).write(r, m) for layer, r, m in zip(self.layers, rows, state.layers, strict=True)]
+        return AssociativeState(tuple(layers), None)
+
+    def _piece(
+        self, h_BTD: Tensor, context: SequenceContext, inner: Any, layers: tuple[Associations, ...], reads: bool
+    ) -> tuple[Tensor, tuple[Any, ...], list[Tensor]]:
+        """Rows through all layers: the last hidden states, the decoder's new state, and the rows after every layer."""
+        states, rows = [], []
+        for index, layer in enumerate(self.decoder.layers):
+            if reads:
+                h_BTD = h_BTD + _memory(self.layers[index]).read(h_BTD, layers[index])
+            h_BTD, layer_state = layer(h_BTD, context, inner[index])
+            states.append(layer_state)
+            rows.append(h_BTD)
+        return h_BTD, tuple(states), rows
+
+    def _first(self, batch: int) -> Tensor:
+        memory_MD: Tensor = self.memory()
+        return memory_MD.expand(batch, *memory_MD.shape)
+
+
+def _memory(module: nn.Module) -> AssociativeMemory:
+    assert isinstance(module, AssociativeMemory)
+    return module
+
+
+def _remembering(segment: Segment, like: Tensor) -> Tensor:
+    """Which rows belong to the document that the memory is of, [B, T, 1]."""
+    context = segment.context
+    index_T = torch.from_numpy(context.layout.indices(context.rank))
+    ends = [
+        0 if new else (*own, context.length)[1] for new, own in zip(segment.fresh_read, context.documents, strict=True)
+    ]
+    return (index_T < torch.tensor(ends)[:, None]).to(like)[..., None]
+
+
+def _forgotten(memory: Associations, segment: Segment) -> Associations:
+    """Empty for rows in which a document starts in the segment."""
+    if not any(segment.fresh_write):
+        return memory
+    keep = torch.tensor(segment.fresh_write, device=memory.keys_BF.device).logical_not().to(memory.keys_BF)
+    return Associations(memory.values_BFD * keep[:, None, None], memory.keys_BF * keep[:, None])

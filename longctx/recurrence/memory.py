@@ -1,0 +1,140 @@
+"""Recurrent Memory Transformer: memory tokens that every segment reads, rewrites and hands to the next.
+
+Bulatov, Kuratov, Burtsev, arXiv 2207.06881. A segment is run as ``[M; X; M]`` under the decoder's own causal mask: the
+tokens X see the memory in front, the copy behind sees everything, and its last hidden states are the M of the next
+segment. The first M is learned. Each segment is cut over all ranks, so any attention scheme and ZeRO stage serves; the
+only further message is m x D numbers per segment, from the rank that writes the memory to all.
+
+Shapes: B batch, T local tokens, m memory tokens, D model.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.config.schema import Recurrence
+from longctx.mixers.layers import Learned
+from longctx.model.attached import AttachedCausalLM
+from longctx.model.decoder import CausalLM, Output
+from longctx.model.head import OutputHead
+from longctx.recurrence.segments import segments_of
+from longctx.sequence.collectives.summaries import share, tie
+from longctx.sequence.context import SequenceContext
+
+
+class MemoryState(NamedTuple):
+    """Decode state: the memory that the current segment reads, and the decoder's state inside the segment."""
+
+    memory_BMD: Tensor
+    inner: Any
+
+
+class RecurrentMemory(nn.Module):
+    """A decoder behind memory tokens, with the interface of a decoder.
+
+    Gradients cross at most ``recurrence.bptt`` segment boundaries (None: all of them).
+
+    Args:
+        decoder: native or attached; its weights are trained, too.
+        recurrence: with ``kind`` rmt.
+    """
+
+    def __init__(self, decoder: CausalLM | AttachedCausalLM, recurrence: Recurrence) -> None:
+        super().__init__()
+        self.decoder, self.recurrence, self.config = decoder, recurrence, decoder.config
+        shape = (recurrence.memory, decoder.head.weight.shape[1])
+        std = decoder.config.init_std
+        self.memory = Learned(shape, lambda generator: torch.randn(shape, generator=generator) * std)
+
+    @property
+    def head(self) -> OutputHead:
+        """The decoder's."""
+        return self.decoder.head
+
+    def forward(
+        self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
+        state: Any = None, loss_chunk: int = 1024,
+    ) -> Output:  # fmt: skip
+        """As :meth:`longctx.model.decoder.CausalLM.forward`; the context's layout comes segment by segment.
+
+        A document that starts inside a segment reads and hands on nothing of the memory before it.
+        """
+        x_BTD = self.decoder.embed_tokens(tokens_BT)
+        if isinstance(state, MemoryState):
+            hidden_BTD, state = self._decode(x_BTD, context, state)
+        else:
+            hidden_BTD = self._train(x_BTD, context)
+        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
+        return Output(loss_sum, hidden_BTD, state)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] of hidden states."""
+        return self.decoder.logits(hidden_BTD)
+
+    def empty_state(self, batch: int) -> Any:
+        """The learned memory and nothing else; for an attached decoder none: decoding runs all tokens again."""
+        if isinstance(self.decoder, AttachedCausalLM):
+            return ()
+        return MemoryState(self._first(batch), None)
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """What counts is how far positions reach inside a segment."""
+        return self.decoder.state_survives(1, self.recurrence.segment + 2 * self.recurrence.memory)
+
+    def _first(self, batch: int) -> Tensor:
+        memory_MD: Tensor = self.memory()
+        return memory_MD.expand(batch, *memory_MD.shape)
+
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+        size, carried = self.recurrence.memory, self.recurrence.bptt
+        segments = segments_of(context, self.recurrence.segment, size, size)
+        first_BMD = memory_BMD = self._first(len(x_BTD))
+        outputs = []
+        for number, segment in enumerate(segments):
+            if carried is not None and number % (carried + 1) == 0:
+                memory_BMD = memory_BMD.detach() if number else memory_BMD
+            read = _where(segment.fresh_read, first_BMD, memory_BMD)[:, : segment.before]
+            written = _where(segment.fresh_write, first_BMD, memory_BMD)[:, : segment.behind]
+            rows = torch.cat((read, x_BTD[:, segment.rows], written), dim=1)
+            hidden, _ = self.decoder.run(rows, segment.context)
+            end = hidden.shape[1] - segment.behind
+            outputs.append(hidden[:, segment.before : end])
+            if size and number + 1 < len(segments):
+                memory_BMD = share(hidden[:, end:] if segment.behind else first_BMD, segment.owner, context)
+                outputs[-1] = tie(outputs[-1], memory_BMD)
+        return torch.cat(outputs, dim=1)
+
+    def _decode(self, x_BTD: Tensor, context: SequenceContext, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """Tokens that follow ``context.past`` ones, on one rank: the memory behind runs when a segment is full."""
+        size, length, outputs = self.recurrence.memory, self.recurrence.segment, []
+        position = context.past
+        for part in _parts(x_BTD, position % length, length):
+            memory_BMD, inner = state
+            start, batch = position % length, len(part)
+            if start == 0:
+                before = SequenceContext.single(batch, size)
+                inner = self.decoder.run(memory_BMD, before, self.decoder.empty_state(batch))[1]
+            now = SequenceContext.single(batch, size + start).extend(part.shape[1])
+            hidden, inner = self.decoder.run(part, now, inner)
+            outputs.append(hidden)
+            position += part.shape[1]
+            if position % length == 0:
+                memory_BMD, inner = self.decoder.run(memory_BMD, now.extend(size), inner)[0], None
+            state = MemoryState(memory_BMD, inner)
+        return torch.cat(outputs, dim=1), state
+
+
+def _where(fresh: Sequence[bool], new_BMD: Tensor, old_BMD: Tensor) -> Tensor:
+    """Row by row the one or the other."""
+    if not any(fresh):
+        return old_BMD
+    return torch.where(torch.tensor(fresh, device=new_BMD.device).view(-1, 1, 1), new_BMD, old_BMD)
+
+
+def _parts(x_BTD: Tensor, start: int, segment: int) -> Sequence[Tensor]:
+    """``x_BTD``, whose first row is number ``start`` of its segment, cut where segments end."""
+    first = min(segment - start, x_BTD.shape[1])
+    parts = (x_BTD[:, :first], *torch.split(x_BTD[:, first:], segment, dim=1))
+    return [part for part in parts if part.shape[1]]
