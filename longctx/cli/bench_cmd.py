@@ -8,7 +8,7 @@ from pathlib import Path
 if typing.TYPE_CHECKING:
     from longctx.bench.problem import Shape
 
-HELP = "measure attention schemes side by side, or plan them for many ranks"
+HELP = "measure attention schemes side by side, plan them for many ranks, or see whether recurrences remember"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     precision = subparsers.add_parser("precision", help="bf16 error over the number of blocks, 1 to 64 ranks in a ring")
     precision.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
+    recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
+    recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
+    recall.add_argument("--steps", metavar="N", default="600", help="optimizer steps (default 600)")
+    recall.add_argument("--seed", metavar="N", default="0", help="of weights and rows (default 0)")
+    recall.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     if args.what == "precision":
         return _precision(args)
+    if args.what == "recall":
+        return _recall(args)
     shape = _shape(args)
     return _simulate(args, shape) if args.simulate is not None else _measure(args, shape)
 
@@ -82,6 +90,41 @@ def _precision(args: argparse.Namespace) -> int:
     curve = error_curve()
     print("\n".join(table(curve)))
     _write(args.json, curve)
+    return 0
+
+
+def _recall(args: argparse.Namespace) -> int:
+    """One process of the world it was launched into: the ranks of a launcher share every sequence."""
+    from dataclasses import asdict
+
+    from longctx.bench.recall import Plan, recall
+    from longctx.cli.options import whole_number
+    from longctx.config.schema import Runtime, Sequence
+    from longctx.errors import ConfigError
+    from longctx.runtime.launcher import read_launch
+    from longctx.runtime.process import joined_world
+
+    kinds = [name for name in args.kinds.split(",") if name]
+    if unknown := sorted(set(kinds) - {"none", "rmt", "armt"}):
+        raise ConfigError(f"--kinds {unknown[0]} is unknown; choose from none, rmt, armt")
+    numbers = [whole_number(f"--{name}", getattr(args, name)) for name in ("segments", "steps")]
+    plan = Plan(segments=numbers[0], steps=numbers[1], seed=whole_number("--seed", args.seed, 0))
+    _check_file(args.json)
+    launch, found = read_launch(), []
+    sequence = Sequence(length=plan.segments * plan.segment, degree=launch.world)
+    with joined_world(Runtime(), sequence, launch) as mesh:
+        if mesh.is_first:
+            right = f"right in the last of {plan.segments} segments | of {4 * plan.segments}"
+            print(f"| kind | {right} | first loss | last loss | minutes |")
+            print("|---|---|---|---|---|---|")
+        for kind in kinds:
+            found.append(recall(kind, plan, mesh))
+            if mesh.is_first:
+                one, four = found[-1].further.values()
+                numbers_of = (one, four, found[-1].losses[0], found[-1].losses[-1], found[-1].seconds / 60)
+                print(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers_of) + " |", flush=True)
+        if mesh.is_first:
+            _write(args.json, [asdict(result) for result in found])
     return 0
 
 
