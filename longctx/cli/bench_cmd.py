@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import sys
 import typing
+from dataclasses import asdict
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
@@ -30,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     precision = subparsers.add_parser("precision", help="bf16 error over the number of blocks, 1 to 64 ranks in a ring")
     precision.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    mixers = subparsers.add_parser("mixers", help="how time and memory of every mixer grow with the sequence")
+    mixers.add_argument("--lengths", metavar="S,...", help="tokens (default 2048 to 65536, doubled)")
+    mixers.add_argument("--rounds", metavar="N", default="3", help="rounds, all mixers in each (default 3)")
+    mixers.add_argument("--mixers", metavar="NAME,...", default="", help="measure these alone (default: all)")
+    mixers.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    mixers.add_argument("--plot", metavar="FILE", type=Path, help="draw them here (PNG)")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -42,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     if args.what == "precision":
         return _precision(args)
+    if args.what == "mixers":
+        return _mixers(args)
     if args.what == "recall":
         return _recall(args)
     shape = _shape(args)
@@ -49,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, shape: "Shape") -> int:
-    import sys
-
     from longctx.bench.attention import bench, table
     from longctx.cli.options import whole_number
 
@@ -59,12 +67,8 @@ def _measure(args: argparse.Namespace, shape: "Shape") -> int:
     rounds = whole_number("--rounds", args.rounds)
     _check_file(args.json)
 
-    def advance(name: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{name:<20}", end="\r", file=sys.stderr, flush=True)
-
     only = [name for name in args.schemes.split(",") if name]
-    report = bench(shape, ranks, rounds, inner, only, advance)
+    report = bench(shape, ranks, rounds, inner, only, _progress)
     print("\n".join(table(report)))
     _write(args.json, report.as_json())
     return 0
@@ -93,10 +97,40 @@ def _precision(args: argparse.Namespace) -> int:
     return 0
 
 
+def _mixers(args: argparse.Namespace) -> int:
+    import torch
+
+    from longctx.bench.mixers import LENGTHS, growth, plot, table
+    from longctx.cli.options import whole_number
+    from longctx.config.mixers import MIXER_NAMES
+    from longctx.errors import ConfigError
+
+    given = [part for part in (args.lengths or "").split(",") if part]
+    lengths = sorted(whole_number("--lengths", part) for part in given) or list(LENGTHS)
+    if len(set(lengths)) < 2:
+        raise ConfigError("--lengths needs at least two different lengths to fit a slope; give more")
+    only = [name for name in args.mixers.split(",") if name]
+    if unknown := sorted(set(only) - set(MIXER_NAMES)):
+        raise ConfigError(f"--mixers {unknown[0]} is unknown; choose from {', '.join(MIXER_NAMES)}")
+    for name in ("json", "plot"):
+        _check_file(getattr(args, name), f"--{name}")
+    torch.set_num_threads(1)
+    found = growth(lengths, whole_number("--rounds", args.rounds), only, _progress)
+    print("\n".join(table(found)))
+    _write(args.json, [asdict(row) for row in found])
+    if args.plot is not None:
+        plot(found, args.plot)
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _progress(name: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{name:<30}", end="\r", file=sys.stderr, flush=True)
+
+
 def _recall(args: argparse.Namespace) -> int:
     """One process of the world it was launched into: the ranks of a launcher share every sequence."""
-    from dataclasses import asdict
-
     from longctx.bench.recall import Plan, recall
     from longctx.cli.options import whole_number
     from longctx.config.schema import Runtime, Sequence
@@ -142,12 +176,12 @@ def _shape(args: argparse.Namespace) -> "Shape":
     return shape
 
 
-def _check_file(file: Path | None) -> None:
+def _check_file(file: Path | None, option: str = "--json") -> None:
     """Before hours of measuring, not after."""
     from longctx.errors import ConfigError
 
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {file} cannot be written: give a file in a folder that exists")
+        raise ConfigError(f"{option} {file} cannot be written: give a file in a folder that exists")
 
 
 def _write(file: Path | None, values: object) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import random_documents
-from live_bytes import LiveBytes
 from torch import Tensor
 from varlen_cases import FLASH_VARLEN, NAIVE_VARLEN
 
@@ -17,6 +16,7 @@ from longctx.attention import attention
 from longctx.attention.kernels import CPU_FLASH, NAIVE, Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.steps import Rows, Step, groups, halved, steps_of, tiles
+from longctx.bench.live_bytes import LiveBytes
 from longctx.bench.virtual_ring import VirtualRing, cut
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from attention_cases import Problem, context_of, groups_of
-from live_bytes import LiveBytes
 from pool import Pool
 
 from longctx.attention import attention
 from longctx.attention.schemes import SCHEMES
 from longctx.attention.ulysses import HeadShare
+from longctx.bench.live_bytes import LiveBytes
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 QUERY, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM

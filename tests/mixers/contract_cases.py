@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from longctx.bench.live_bytes import LiveBytes
 from longctx.config.schema import Model
 from longctx.mixers import MIXERS, Mixer
 from longctx.model.decoder import CausalLM, DecoderLayer

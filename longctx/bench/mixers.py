@@ -1,0 +1,134 @@
+"""``longctx bench mixers``: how the cost of every mixer grows with the sequence, and what it keeps to decode."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from longctx.bench.live_bytes import LiveBytes
+from longctx.config.schema import Model
+from longctx.mixers import MIXERS
+from longctx.model.decoder import CausalLM, DecoderLayer
+from longctx.sequence.context import SequenceContext
+
+LENGTHS = tuple(2**power for power in range(11, 17))
+"""2,048 to 65,536 tokens."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One mixer, forward and backward of one layer on one rank.
+
+    Args:
+        seconds, bytes: at each of ``lengths``; seconds: median over rounds; bytes: peak of all tensors but the input.
+        time_slope, memory_slope: of their logarithms over that of the length; 1 is linear.
+        state_bytes: of one layer's fp32 decode state at 4,096 and 1,048,576 tokens.
+    """
+
+    mixer: str
+    lengths: tuple[int, ...]
+    seconds: tuple[float, ...]
+    bytes: tuple[int, ...]
+    time_slope: float
+    memory_slope: float
+    state_bytes: tuple[int, int]
+
+
+def model_config(mixer: str) -> Model:
+    """One layer of width 128 with four heads of 32."""
+    return Model(vocab_size=8, hidden_size=128, num_layers=1, num_heads=4, mixer=mixer, max_position_embeddings=2**20)
+
+
+def growth(
+    lengths: Sequence[int] = LENGTHS, rounds: int = 3, only: Sequence[str] = (),
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Growth]:  # fmt: skip
+    """Measure every mixer, or ``only`` some, in turns; the slope is fitted over all lengths."""
+    names = list(only) or list(MIXERS)
+    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in names for n in lengths}
+    for _ in range(rounds):
+        for name, length in seconds:
+            advance(f"{name} {length:,}")
+            seconds[name, length].append(_seconds(name, length))
+    return [_growth(name, lengths, [median(seconds[name, n]) for n in lengths]) for name in names]
+
+
+def _growth(name: str, lengths: Sequence[int], took: Sequence[float]) -> Growth:
+    held = tuple(_bytes(name, n) for n in lengths)
+    size = MIXERS[name].state_size(model_config(name), 0)
+    state = [4 * (size.per_sequence + tokens * size.per_token) for tokens in (2**12, 2**20)]
+    slopes = slope(lengths, took), slope(lengths, held)
+    return Growth(name, tuple(lengths), tuple(took), held, *slopes, (state[0], state[1]))
+
+
+def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
+    """Least squares of log value over log length."""
+    x, y = ([math.log(v) for v in series] for series in (lengths, values))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    over = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return over / sum((a - mean_x) ** 2 for a in x)
+
+
+def _seconds(name: str, length: int) -> float:
+    run = _prepared(name, length)
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _bytes(name: str, length: int) -> int:
+    run = _prepared(name, length)
+    with LiveBytes() as live:
+        run()
+    peak: int = live.peak
+    return peak
+
+
+def _prepared(name: str, length: int) -> Callable[[], None]:
+    """A forward and backward of one layer, whose plans are made."""
+    layer = CausalLM(model_config(name)).layers[0]
+    assert isinstance(layer, DecoderLayer)
+    context = SequenceContext.single(1, length)
+    x = torch.randn(1, length, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def run() -> None:
+        layer.mixer(x, context)[0].sum().backward()
+
+    with torch.no_grad():
+        layer.mixer(x[:, :64], SequenceContext.single(1, 64))
+    return run
+
+
+def table(found: Sequence[Growth]) -> list[str]:
+    """The results as lines of text; the mixers by the growth of their time."""
+    first, last = found[0].lengths[0], found[0].lengths[-1]
+    columns = (
+        "mixer", "time slope", "memory slope", f"ms at {first:,}", f"s at {last:,}", f"MB at {last:,}",
+        "state KB at 4K", "at 1M",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in sorted(found, key=lambda row: row.time_slope):
+        lines.append(
+            f"| {row.mixer} | {row.time_slope:.2f} | {row.memory_slope:.2f} | {row.seconds[0] * 1e3:.0f} | "
+            f"{row.seconds[-1]:.2f} | {row.bytes[-1] / 1e6:.0f} | {row.state_bytes[0] / 1e3:.0f} | "
+            f"{row.state_bytes[1] / 1e3:.0f} |"
+        )
+    return lines
+
+
+def plot(found: Sequence[Growth], path: Path) -> None:
+    """Seconds and peak memory over the length, both axes logarithmic, as PNG."""
+    from longctx.report.style import LIGHT, figure, headline
+
+    with figure(LIGHT, path, height=4.6, columns=2) as (left, right):
+        headline(left, "Time", "seconds of a forward and backward over tokens", LIGHT)
+        headline(right, "Memory", "peak MB beyond the input over tokens", LIGHT)
+        for number, row in enumerate(sorted(found, key=lambda row: -row.seconds[-1])):
+            colour, style = f"C{number % 10}", "-" if number < 10 else "--"
+            for axes, values in ((left, list(row.seconds)), (right, [n / 1e6 for n in row.bytes])):
+                axes.loglog(row.lengths, values, style, color=colour, linewidth=1.3, label=row.mixer)
+        left.legend(fontsize=8, frameon=False)

@@ -1,0 +1,67 @@
+"""``longctx bench mixers`` and ``recall``: what they find on a small scale, and what they say about bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longctx.bench.mixers import growth, slope, table
+from longctx.bench.recall import ASK, MARK, SYMBOLS, Facts
+from longctx.cli.main import main
+from longctx.mixers import MIXERS
+from longctx.model.head import IGNORED
+from longctx.sequence.layout import Run
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope((1, 2, 4, 8), [3.0 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+
+
+def test_memory_of_every_linear_mixer_is_linear() -> None:
+    """Bytes are counted, not timed; softmax's too, whose kernel keeps no scores."""
+    found = growth((512, 1024, 2048), rounds=1)
+    assert [row.mixer for row in found] == list(MIXERS)
+    for row in found:
+        assert row.memory_slope == pytest.approx(1, abs=0.15), row.mixer
+    assert len(table(found)) == 2 + len(found)
+
+
+def test_growth_is_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "growth.json", tmp_path / "growth.png"]
+    arguments = ["--lengths", "256,512", "--rounds", "1", "--mixers", "conv", "--json", files[0], "--plot", files[1]]
+    assert main(["bench", "mixers", *map(str, arguments)]) == 0
+    (row,) = json.loads(files[0].read_text())
+    assert (row["mixer"], row["lengths"]) == ("conv", [256, 512])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert "| conv |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["mixers", "--mixers", "spiral"], "--mixers spiral is unknown; choose from"),
+        (["mixers", "--lengths", "512"], "--lengths needs at least two"),
+        (["mixers", "--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png cannot be written"),
+        (["recall", "--kinds", "lstm"], "--kinds lstm is unknown; choose from none, rmt, armt"),
+        (["recall", "--segments", "0"], "--segments must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_facts_are_stated_once_and_asked_for_in_every_segment() -> None:
+    facts = Facts(5, 8, seed=3)
+    for row in range(20):
+        tokens, labels = facts.read(row, [Run(0, 40)])
+        (place,) = (tokens == MARK).nonzero()[0]
+        assert place < 7
+        fact = tokens[place + 1]
+        assert fact < SYMBOLS
+        assert (tokens[7::8] == ASK).all()
+        assert (labels[7::8] == fact).all()
+        assert (labels != IGNORED).sum() == 5
+        part, _ = facts.read(row, [Run(3, 9), Run(20, 22)])
+        assert part.tolist() == [*tokens[3:9], *tokens[20:22]]
