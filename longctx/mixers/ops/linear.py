@@ -35,15 +35,15 @@ def linear_attention(
     log_decay = log_decay.to(wide)
     if log_decay.dim() == 3:
         log_decay = log_decay[..., None]
-    decay = _summed(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
-    scores = _scores(q, k, decay, chunks)
-    leaving = _decay(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
+    decay = summed(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
+    scores = decayed_scores(q[:, :, :, None], k[:, :, :, None], decay, chunks)[:, :, :, 0, 0]
+    leaving = decayed(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
     addition = (k * leaving).transpose(3, 4) @ v
     passing = decay[:, :, :, -1, :, None].exp()
     if chunks.cut:
         passing = passing * chunks.passed(q.device)[:, :, None, None, None]
     entering, final = scan(passing, addition, chunks, context, state_BHEF)
-    reaching = _decay(decay, chunks.reached(q.device), chunks)
+    reaching = decayed(decay, chunks.reached(q.device), chunks)
     y = scores @ v + (q * reaching) @ entering
     return chunks.join(y.transpose(2, 3)), final
 
@@ -75,30 +75,40 @@ def planned_linear_attention(
     return planned_scan(context, heads * (key if diagonal else 1), heads * key * value, itemsize)
 
 
-def _scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
-    """Decayed q.k of every pair of a chunk [B, N, H, C, C], 0 where the one may not see the other."""
+def decayed_scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
+    """``q_i k_j exp(D_i - D_j)`` of every pair of a chunk, 0 where the one may not see the other.
+
+    Args:
+        q: Q kinds of queries, [B, N, H, Q, C, E].
+        k: K kinds of keys, [B, N, H, K, C, E].
+        decay: D, from :func:`summed`: [B, N, H, C, E], or [B, N, H, C, 1] for all channels.
+
+    Returns:
+        Every kind of query with every kind of key, [B, N, H, Q, K, C, C].
+    """
     seen = chunks.together(q.device)[:, :, None]
     if decay.shape[-1] > 1:
         scores: Tensor = _DecayedScores.apply(q, k, decay)  # type: ignore[no-untyped-call]
-        return scores.masked_fill(~seen, 0)
+        return scores.masked_fill(~seen[:, :, :, None, None], 0)
     # Hidden pairs are taken out before the exponential, which for them may overflow.
-    return (q @ k.mT) * (decay - decay.mT).masked_fill(~seen, float("-inf")).exp()
+    weight = (decay - decay.mT).masked_fill(~seen, float("-inf")).exp()
+    return (q[..., None, :, :] @ k.mT[..., None, :, :, :]) * weight[:, :, :, None, None]
 
 
-def _summed(log_decay: Tensor, chunks: Chunks) -> Tensor:
+def summed(log_decay: Tensor, chunks: Chunks) -> Tensor:
     """Sums up to every token since its document or its chunk began: no rounding comes from another document."""
     if not chunks.cut:
         return log_decay.cumsum(3)
     return chunks.together(log_decay.device)[:, :, None].to(log_decay.dtype) @ log_decay
 
 
-def _decay(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
+def decayed(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
     """The exponential where a token counts, else 0: across a document start the exponent may be positive."""
     return (exponent.masked_fill(~seen_BNC[:, :, None, :, None], float("-inf")) if chunks.cut else exponent).exp()
 
 
 class _DecayedScores(torch.autograd.Function):
-    """``sum_e q_ie k_je exp(D_ie - D_je)`` for j <= i, else 0.
+    """``sum_e q_ie k_je exp(D_ie - D_je)`` for j <= i, else 0, of all kinds of queries and keys.
 
     No exponent is positive inside a document; across its start one may be, and is cut off: the pair is hidden.
     """
@@ -106,10 +116,10 @@ class _DecayedScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, decay)
-        scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
+        scores = q.new_zeros(*q.shape[:-2], k.shape[-3], q.shape[-2], q.shape[-2])
         for j in range(q.shape[-2]):
-            weight = (decay[..., j:, :] - decay[..., j : j + 1, :]).clamp(max=0).exp()
-            scores[..., j:, j] = ((q[..., j:, :] * weight) @ k[..., j, :, None])[..., 0]
+            weighted = q[..., j:, :] * _weight(decay, j)
+            scores[..., j:, j] = (weighted @ k[..., None, :, j, :].mT).mT
         return scores
 
     @staticmethod
@@ -117,13 +127,19 @@ class _DecayedScores(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, decay = ctx.saved_tensors
         dq, dk, ddecay = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(decay)
+        by_key = gradient.mT.contiguous()
         for j in range(q.shape[-2]):
-            weight = (decay[..., j:, :] - decay[..., j : j + 1, :]).clamp(max=0).exp() * gradient[..., j:, j, None]
-            shared = weight * q[..., j:, :]
-            by_query = weight * k[..., j : j + 1, :]
-            dq[..., j:, :] += by_query
-            dk[..., j, :] = shared.sum(-2)
-            share = shared * k[..., j : j + 1, :]
-            ddecay[..., j:, :] += share
-            ddecay[..., j, :] -= share.sum(-2)
+            weight, share = _weight(decay, j), by_key[..., j, j:]
+            weighted = q[..., j:, :] * weight
+            by_query = sum(share[..., n, :, None] * k[..., None, n, j : j + 1, :] for n in range(k.shape[-3]))
+            dq[..., j:, :] += by_query * weight
+            dk[..., j, :] = (share @ weighted).sum(-3)
+            moved = (by_query * weighted).sum(-3)
+            ddecay[..., j:, :] += moved
+            ddecay[..., j, :] -= moved.sum(-2)
         return dq, dk, ddecay
+
+
+def _weight(decay: Tensor, j: int) -> Tensor:
+    """Decay from token j to itself and those after it, [..., 1, C - j, E]."""
+    return (decay[..., None, j:, :] - decay[..., None, j : j + 1, :]).clamp(max=0).exp()
