@@ -10,6 +10,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "softmax": "longctx.mixers.softmax.SoftmaxMixer",
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
+        "fast": "longctx.mixers.fast.FastMixer",
         "lln": "longctx.mixers.lln.LLNMixer",
     }
 )

@@ -114,7 +114,8 @@ class LLNMixer(Mixer):
             near, last = _diagonal(q, rows, halo, context), last if past is None else past
             # The scan comes after the halo, on every rank and in the backward the other way round.
             v = tie(v, halo)
-        alpha, beta = exponents(tie(self.sigma().detach(), self.sigma())).to(_wide(x_BTD))
+        sigma = self.sigma()
+        alpha, beta = exponents(tie(sigma.detach(), sigma)).to(_wide(x_BTD))
         y, after = log_linear_attention(
             q.to(alpha.dtype) * alpha[:, None], k.to(alpha.dtype) * beta[:, None], v, context,
             LogLinearState(before.S_BHEF, before.m_BHE), self.chunk,
