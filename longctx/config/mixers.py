@@ -11,6 +11,8 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
         "rwkv7": "longctx.mixers.rwkv7.RWKV7Mixer",
+        "fast": "longctx.mixers.fast.FastMixer",
+        "lln": "longctx.mixers.lln.LLNMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

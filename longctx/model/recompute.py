@@ -30,7 +30,10 @@ def recomputed(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any
             values[i] = tensor
         again, words = tree_unflatten(values, structure)
         results, shape[:] = _flat(function(*again, **words))
-        return results
+        # A tensor that is only handed on must not itself become a result: autograd would make it part of the graph,
+        # in place, and the second pass would take it for one that the first has computed.
+        handed = {id(value) for value in values}
+        return tuple(r.view_as(r) if isinstance(r, Tensor) and id(r) in handed else r for r in results)
 
     # The first tensor makes the region differentiable even where embeddings are frozen.
     always = torch.zeros((), requires_grad=True)

@@ -22,7 +22,8 @@ class Chunks:
     """Chunks of ``size`` tokens; none holds tokens of two runs, the last of each run is padded.
 
     ``places_NC``: index of each token among the T local ones, T where padded. ``runs[r]``: first chunk of this rank's
-    run r and one past its last. A state that enters a chunk reaches its tokens up to the first document start.
+    run r and one past its last. A state that enters a chunk reaches its tokens up to the first document start. With a
+    delay the documents are those of the tokens so many places earlier, -1 before the first token of all.
     """
 
     size: int
@@ -83,17 +84,20 @@ class Chunks:
         return torch.from_numpy(np.flatnonzero(self.places_NC.reshape(-1) < self.tokens)).to(device)
 
 
-def chunks_of(context: SequenceContext, size: int) -> Chunks:
+def chunks_of(context: SequenceContext, size: int, delay: int = 0) -> Chunks:
     """The chunks of this rank's tokens, found once per context.
+
+    Args:
+        delay: the documents told are those of the tokens ``delay`` places earlier, for states that lag behind.
 
     Raises:
         UnsupportedError: the layout's runs have gaps (striped).
     """
-    found: Chunks = context.once(("chunks", size, context.rank), lambda: _find(context, size))
+    found: Chunks = context.once(("chunks", size, delay, context.rank), lambda: _find(context, size, delay))
     return found
 
 
-def _find(context: SequenceContext, size: int) -> Chunks:
+def _find(context: SequenceContext, size: int, delay: int) -> Chunks:
     places, starts, runs, local, first = [], [], [], 0, 0
     for run in context.layout.runs[context.rank]:
         if run.step != 1:
@@ -102,7 +106,7 @@ def _find(context: SequenceContext, size: int) -> Chunks:
         index = np.arange(count * size, dtype=np.int64).reshape(count, size)
         places.append(np.where(index < run.size, index + local, context.local_length))
         # A padded token counts to the document of the last real one.
-        starts.append(np.minimum(index, run.size - 1) + run.start)
+        starts.append(np.minimum(index, run.size - 1) + run.start - delay)
         runs.append((first, first + count))
         local, first = local + run.size, first + count
     none = np.empty((0, size), dtype=np.int64)

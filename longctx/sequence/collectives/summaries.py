@@ -43,6 +43,15 @@ def share(own: Tensor, owner: int, context: SequenceContext) -> Tensor:
     return run_once(send, (own,), context.kept)[0]
 
 
+def summed(own: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of any group, in fp32 (fp64 stays fp64): statistics for between steps, no gradient."""
+    own = own.detach().to(torch.promote_types(own.dtype, torch.float32))
+    if group.size == 1:
+        return own
+    gathered: Tensor = _Gather.apply(own, group, None)  # type: ignore[no-untyped-call]
+    return gathered.sum(0)
+
+
 def tie(x: Tensor, token: Tensor) -> Tensor:
     """``x``, whose backward also runs that of ``token``, with gradient 0."""
     tied: Tensor = _Tie.apply(x, token)  # type: ignore[no-untyped-call]
