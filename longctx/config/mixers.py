@@ -10,6 +10,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "softmax": "longctx.mixers.softmax.SoftmaxMixer",
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
+        "mega": "longctx.mixers.mega.MegaMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
