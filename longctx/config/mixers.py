@@ -13,6 +13,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "rwkv7": "longctx.mixers.rwkv7.RWKV7Mixer",
         "fast": "longctx.mixers.fast.FastMixer",
         "lln": "longctx.mixers.lln.LLNMixer",
+        "mega": "longctx.mixers.mega.MegaMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
