@@ -10,6 +10,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "softmax": "longctx.mixers.softmax.SoftmaxMixer",
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
+        "ttt": "longctx.mixers.ttt.TTTMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
