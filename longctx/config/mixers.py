@@ -14,6 +14,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "fast": "longctx.mixers.fast.FastMixer",
         "lln": "longctx.mixers.lln.LLNMixer",
         "mega": "longctx.mixers.mega.MegaMixer",
+        "ttt": "longctx.mixers.ttt.TTTMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

@@ -59,3 +59,13 @@ class RMSNorm(nn.Module):
         precise = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (precise * scale).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension that leaves its memory uninitialised."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
