@@ -11,6 +11,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
         "rwkv7": "longctx.mixers.rwkv7.RWKV7Mixer",
+        "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
