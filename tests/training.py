@@ -10,6 +10,7 @@ import torch
 
 from longctx.config.schema import Config, Model
 from longctx.model.decoder import CausalLM
+from longctx.recurrence import with_recurrence
 from longctx.runtime.mesh import build_mesh
 from longctx.sequence.layout import Run
 from longctx.train.optimizer import MOMENTS
@@ -91,6 +92,8 @@ class Result:
 
 def model_config(case: Case) -> Model:
     shape = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
+    if "layers" in case.model:
+        del shape["num_layers"]
     return Model(**{**shape, "intermediate_size": 40, "init_std": 0.2, **case.model})
 
 
@@ -122,11 +125,11 @@ class Watch(Callback):
         (self.events if record["kind"] == "event" else self.records).append(record)
 
 
-def build(case: Case, weights: Callable[[CausalLM], None] | None = None) -> tuple[Trainer, Watch]:
+def build(case: Case, weights: Callable[[Any], None] | None = None) -> tuple[Trainer, Watch]:
     """A trainer in the current process world; ``weights`` may replace those drawn from the seed."""
     config, shape = config_of(case), model_config(case)
     mesh = build_mesh(case.degree, torch.device("cpu"), 60, case.inner)
-    model = CausalLM(shape, recompute=case.recompute, seed=case.seed)
+    model: Any = with_recurrence(CausalLM(shape, recompute=case.recompute, seed=case.seed), case.seed)
     if case.fp64:
         model = model.double()
     if weights is not None:

@@ -15,6 +15,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "lln": "longctx.mixers.lln.LLNMixer",
         "mega": "longctx.mixers.mega.MegaMixer",
         "ttt": "longctx.mixers.ttt.TTTMixer",
+        "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

@@ -115,14 +115,14 @@ def test_a_full_delta_rule_replaces_the_value_of_a_key(seed: int) -> None:
 
 
 def test_a_transition_may_stretch_but_has_no_eigenvalue_above_one() -> None:
-    """w and a as RWKV-7 makes them: no state grows for ever, yet one step may lengthen it (by up to 1.15 or so)."""
+    """w and a as RWKV-7 makes them: no state grows for ever, yet one step may lengthen it (by 7 % in these draws)."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, 4000, 1, 8)
     log_w, a = (-0.6065 * torch.rand(shape, generator=generator).double(), torch.rand(shape, generator=generator))
     kappa = torch.nn.functional.normalize(torch.randn(shape, generator=generator).double(), dim=-1)
     found = transitions(log_w, kappa, a)[0, :, 0]
     assert torch.linalg.eigvals(found).abs().max() <= 1 + 1e-12
-    assert 1.05 < torch.linalg.matrix_norm(found, 2).max() < 1.3
+    assert 1.05 < torch.linalg.matrix_norm(found, 2).max() < 1.15
 
 
 def test_bf16_operands_are_computed_with_in_fp32(seed: int) -> None:
