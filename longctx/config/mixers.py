@@ -11,6 +11,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
         "mega": "longctx.mixers.mega.MegaMixer",
+        "agalite": "longctx.mixers.agalite.AgaliteMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

@@ -35,15 +35,15 @@ def linear_attention(
     log_decay = log_decay.to(wide)
     if log_decay.dim() == 3:
         log_decay = log_decay[..., None]
-    decay = _summed(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
-    scores = _scores(q, k, decay, chunks)
-    leaving = _decay(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
+    decay = summed_decay(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
+    scores = decayed_scores(q, k, decay, chunks)
+    leaving = masked_decay(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
     addition = (k * leaving).transpose(3, 4) @ v
     passing = decay[:, :, :, -1, :, None].exp()
     if chunks.cut:
         passing = passing * chunks.passed(q.device)[:, :, None, None, None]
     entering, final = scan(passing, addition, chunks, context, state_BHEF)
-    reaching = _decay(decay, chunks.reached(q.device), chunks)
+    reaching = masked_decay(decay, chunks.reached(q.device), chunks)
     y = scores @ v + (q * reaching) @ entering
     return chunks.join(y.transpose(2, 3)), final
 
@@ -75,7 +75,7 @@ def planned_linear_attention(
     return planned_scan(context, heads * (key if diagonal else 1), heads * key * value, itemsize)
 
 
-def _scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
+def decayed_scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
     """Decayed q.k of every pair of a chunk [B, N, H, C, C], 0 where the one may not see the other."""
     seen = chunks.together(q.device)[:, :, None]
     if decay.shape[-1] > 1:
@@ -85,14 +85,14 @@ def _scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
     return (q @ k.mT) * (decay - decay.mT).masked_fill(~seen, float("-inf")).exp()
 
 
-def _summed(log_decay: Tensor, chunks: Chunks) -> Tensor:
+def summed_decay(log_decay: Tensor, chunks: Chunks) -> Tensor:
     """Sums up to every token since its document or its chunk began: no rounding comes from another document."""
     if not chunks.cut:
         return log_decay.cumsum(3)
     return chunks.together(log_decay.device)[:, :, None].to(log_decay.dtype) @ log_decay
 
 
-def _decay(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
+def masked_decay(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
     """The exponential where a token counts, else 0: across a document start the exponent may be positive."""
     return (exponent.masked_fill(~seen_BNC[:, :, None, :, None], float("-inf")) if chunks.cut else exponent).exp()
 
