@@ -16,6 +16,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "mega": "longctx.mixers.mega.MegaMixer",
         "ttt": "longctx.mixers.ttt.TTTMixer",
         "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
+        "agalite": "longctx.mixers.agalite.AgaliteMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

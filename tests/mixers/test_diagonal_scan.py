@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from torch import Tensor
 
+from longctx.bench.live_bytes import LiveBytes
 from longctx.mixers.ops.diagonal import diagonal_scan, diagonal_scan_naive
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext

@@ -18,7 +18,7 @@ from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.halo import halo_before, planned_halo
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Documents, Layout, Run, contiguous
+from longctx.sequence.layout import Layout, Run, contiguous
 
 
 class ChunkRows(NamedTuple):
@@ -95,5 +95,5 @@ def _chunk_starts(spans: list[npt.NDArray[np.int64]], document_starts: tuple[int
 
 def _positions(index: npt.NDArray[np.int64], document_starts: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """Positions inside documents of global indices that are not negative."""
-    starts: Documents | npt.NDArray[np.int64] = np.array(document_starts, dtype=np.int64)
+    starts = np.array(document_starts, dtype=np.int64)
     return index - starts[np.searchsorted(starts, index, side="right") - 1]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.mixers.ops.linear import decayed, decayed_scores, summed
+from longctx.mixers.ops.linear import decayed_scores, masked_decay, summed_decay
 from longctx.sequence.chunks import Chunks, chunks_of
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.collectives.scan import planned_scan, scan
@@ -43,17 +43,17 @@ def delta_rule(
     wide = torch.promote_types(r_BTHE.dtype, torch.float32)
     tokens = (r_BTHE, k_BTHE, v_BTHF, kappa_BTHE, kappa_BTHE.to(wide) * a)
     r, k, v, kappa, b = (chunks.split(t.to(wide)).transpose(2, 3) for t in tokens)
-    decay = summed(chunks.split(log_w.to(wide)).transpose(2, 3), chunks)
+    decay = summed_decay(chunks.split(log_w.to(wide)).transpose(2, 3), chunks)
     pairs = _pairs(r, k, kappa, b, decay, chunks)
     reached, lasting = chunks.reached(r.device), chunks.lasting(r.device)
-    entering_kappa = kappa * decayed(_shifted(decay), reached, chunks)
+    entering_kappa = kappa * masked_decay(_shifted(decay), reached, chunks)
     solved = _solve(pairs.kappa_b, torch.cat((entering_kappa, pairs.kappa_k @ v), dim=-1))
     W, Z = solved[..., : k.shape[-1]], solved[..., k.shape[-1] :]
-    leaving = decayed(decay[..., -1:, :] - decay, lasting, chunks)
+    leaving = masked_decay(decay[..., -1:, :] - decay, lasting, chunks)
     addition = v.mT @ (k * leaving) - Z.mT @ (b * leaving)
     transition = _kept(decay, chunks, k.shape[-1]) - W.mT @ (b * leaving)
     entering, final = scan(transition, addition, chunks, context, state_BHFE, matrix=True)
-    reading = r * decayed(decay, reached, chunks) - pairs.r_b @ W
+    reading = r * masked_decay(decay, reached, chunks) - pairs.r_b @ W
     y = reading @ entering.mT + pairs.r_k @ v - pairs.r_b @ Z
     return chunks.join(y.transpose(2, 3)), final
 

@@ -35,15 +35,15 @@ def linear_attention(
     log_decay = log_decay.to(wide)
     if log_decay.dim() == 3:
         log_decay = log_decay[..., None]
-    decay = summed(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
+    decay = summed_decay(chunks.split(log_decay.expand(*q_BTHE.shape[:3], log_decay.shape[3])).transpose(2, 3), chunks)
     scores = decayed_scores(q[:, :, :, None], k[:, :, :, None], decay, chunks)[:, :, :, 0, 0]
-    leaving = decayed(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
+    leaving = masked_decay(decay[:, :, :, -1:] - decay, chunks.lasting(q.device), chunks)
     addition = (k * leaving).transpose(3, 4) @ v
     passing = decay[:, :, :, -1, :, None].exp()
     if chunks.cut:
         passing = passing * chunks.passed(q.device)[:, :, None, None, None]
     entering, final = scan(passing, addition, chunks, context, state_BHEF)
-    reaching = decayed(decay, chunks.reached(q.device), chunks)
+    reaching = masked_decay(decay, chunks.reached(q.device), chunks)
     y = scores @ v + (q * reaching) @ entering
     return chunks.join(y.transpose(2, 3)), final
 
@@ -81,7 +81,7 @@ def decayed_scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tenso
     Args:
         q: Q kinds of queries, [B, N, H, Q, C, E].
         k: K kinds of keys, [B, N, H, K, C, E].
-        decay: D, from :func:`summed`: [B, N, H, C, E], or [B, N, H, C, 1] for all channels.
+        decay: D, from :func:`summed_decay`: [B, N, H, C, E], or [B, N, H, C, 1] for all channels.
 
     Returns:
         Every kind of query with every kind of key, [B, N, H, Q, K, C, C].
@@ -95,14 +95,14 @@ def decayed_scores(q: Tensor, k: Tensor, decay: Tensor, chunks: Chunks) -> Tenso
     return (q[..., None, :, :] @ k.mT[..., None, :, :, :]) * weight[:, :, :, None, None]
 
 
-def summed(log_decay: Tensor, chunks: Chunks) -> Tensor:
+def summed_decay(log_decay: Tensor, chunks: Chunks) -> Tensor:
     """Sums up to every token since its document or its chunk began: no rounding comes from another document."""
     if not chunks.cut:
         return log_decay.cumsum(3)
     return chunks.together(log_decay.device)[:, :, None].to(log_decay.dtype) @ log_decay
 
 
-def decayed(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
+def masked_decay(exponent: Tensor, seen_BNC: Tensor, chunks: Chunks) -> Tensor:
     """The exponential where a token counts, else 0: across a document start the exponent may be positive."""
     return (exponent.masked_fill(~seen_BNC[:, :, None, :, None], float("-inf")) if chunks.cut else exponent).exp()
 
