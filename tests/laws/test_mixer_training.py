@@ -12,7 +12,7 @@ from longctx.mixers import MIXERS
 
 OPTIONS = {name: {"chunk": 4} for name, mixer in MIXERS.items() if "chunk" in mixer.Options.model_fields}
 MODELS: dict[str, dict[str, Any]] = {
-    "all mixers": {"layers": list(MIXERS), "mixer_options": OPTIONS},
+    "all mixers": {"layers": list(MIXERS), "mixer_options": OPTIONS, "init_std": 0.05},
     "rmt": {"recurrence": {"kind": "rmt", "segment": 11, "memory": 3, "curriculum": ((0, 1), (1, 2), (3, 4))}},
     "armt": {"recurrence": {"kind": "armt", "segment": 11, "memory": 3, "keys": 4, "bptt": 2}},
 }
@@ -29,9 +29,10 @@ def test_training_agrees_for_any_degree(name: str, pool: Pool, seed: int) -> Non
 
 @pytest.mark.tier2
 @pytest.mark.parametrize("name", MODELS)
-def test_zero_3_with_recomputation_agrees(name: str, pool: Pool) -> None:
+def test_zero_3_agrees(name: str, pool: Pool) -> None:
     """Parameters stay partitioned, so that a rank that enters modules in another order than the rest hangs."""
     case = Case(length=37, batch=4, steps=6, seed=5, model=MODELS[name], lr=1e-4, fp64=False)
     wanted = pool.run(train, 1, case, limit_s=120)[0]
-    found = pool.run(train, 4, replace(case, degree=2, recompute=True, engine=deepspeed(3)), limit_s=240)[0]
-    assert_same_training(found, wanted, 1e-4)
+    recompute = "recurrence" not in MODELS[name]  # which is refused, see below
+    found = pool.run(train, 4, replace(case, degree=2, recompute=recompute, engine=deepspeed(3)), limit_s=240)[0]
+    assert_same_training(found, wanted, 1e-5)
