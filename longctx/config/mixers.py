@@ -12,6 +12,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "conv": "longctx.mixers.conv.LightConvMixer",
         "fast": "longctx.mixers.fast.FastMixer",
         "lln": "longctx.mixers.lln.LLNMixer",
+        "transformer_vq": "longctx.mixers.transformer_vq.TransformerVQMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
