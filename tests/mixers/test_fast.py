@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem
+from contract_cases import Problem, peak_bytes
 from torch import Tensor
 
 from longctx.config.load import load_config
@@ -155,6 +155,11 @@ def test_a_first_key_opposite_to_its_query_divides_by_no_zero(lengthening: bool,
     assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
     values = mixer.v_proj(x).abs().max() * mixer.o_proj.weight.abs().sum(1).max()
     assert y.abs().max() <= values * 1.001
+
+
+def test_memory_grows_as_the_length(seed: int) -> None:
+    peaks = [peak_bytes(Problem("fast", {"chunk": 4}, length, ((0,),), seed)) for length in (256, 512)]
+    assert peaks[1] / peaks[0] < 2.1
 
 
 def test_its_config_loads() -> None:

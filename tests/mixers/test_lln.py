@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, sequence_group
+from contract_cases import Problem, peak_bytes, sequence_group
 from pool import Pool
 from torch import Tensor
 
@@ -208,6 +208,11 @@ def test_calibrating_what_an_engine_holds_is_refused(change: Any) -> None:
     mixer.sigma.weight = torch.nn.Parameter(change(mixer.sigma.weight.detach()))
     with pytest.raises(UnsupportedError, match="before the engine"):
         calibrate(mixer, torch.ones(12))
+
+
+def test_memory_grows_as_the_length(seed: int) -> None:
+    peaks = [peak_bytes(Problem("lln", {"chunk": 4, "diagonal": "on"}, length, ((0,),), seed)) for length in (256, 512)]
+    assert peaks[1] / peaks[0] < 2.1
 
 
 def test_its_config_loads() -> None:

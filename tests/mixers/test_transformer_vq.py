@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, sequence_group
+from contract_cases import Problem, peak_bytes, sequence_group
 from pool import Pool
 from torch import Tensor
 
@@ -253,6 +253,14 @@ def test_updates_that_would_be_lost_are_refused(seed: int) -> None:
     mixer = mixer_of(problem(seed, codebook="ema")).bfloat16()
     with pytest.raises(UnsupportedError, match=r"bfloat16.*fp32 engine"):
         update_codebook(mixer, found, found)
+
+
+def test_memory_grows_as_the_length(seed: int) -> None:
+    peaks = [
+        peak_bytes(Problem("transformer_vq", {"chunk": 8, "codes": CODES}, length, ((0,),), seed))
+        for length in (256, 512)
+    ]
+    assert peaks[1] / peaks[0] < 2.1
 
 
 def test_its_config_loads() -> None:
