@@ -34,10 +34,6 @@ def operands(seed: int, scale: float = 1.0) -> list[Tensor]:
     return [t.requires_grad_() for t in (q * scale, k * scale, v)]
 
 
-def divided(sums: Tensor) -> Tensor:
-    return sums[..., :-1] / sums[..., -1:]
-
-
 def gradients(function: Any, given: list[Tensor], order: int, *more: Any, **options: Any) -> list[Tensor]:
     sums, state = function(*given, order, *more, **options)
     loss = (sums * torch.linspace(-1, 1, sums.numel()).view(sums.shape)).sum() + state.square().sum()
@@ -69,10 +65,9 @@ def test_it_is_quadratic_attention(order: int, seed: int) -> None:
     context, (q, k, v) = SequenceContext.single(2, 23, DOCUMENTS), operands(seed)
     scores = torch.einsum("bihe,bjhe->bhij", q, k)
     weights = (1 + scores + (scores * scores / 2 if order == 2 else 0)).masked_fill(~seen_pairs(23), 0)
-    matrix = weights / weights.sum(-1, keepdim=True)
     sums, _ = polynomial_attention(q, k, v, order, context, chunk=4)
-    wanted = torch.einsum("bhij,bjhf->bihf", matrix, v)
-    torch.testing.assert_close(divided(sums), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sums[..., :-1], torch.einsum("bhij,bjhf->bihf", weights, v), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sums[..., -1], weights.sum(-1).transpose(1, 2), rtol=1e-10, atol=1e-10)
     for j, stop in ((5, 6), (7, 19)):
         read, _ = polynomial_attention(q, k, v * (torch.arange(23) == j)[:, None, None], order, context, chunk=4)
         assert read[0, j, :, :-1].any() and not read[0, stop:, :, :-1].any()
@@ -87,16 +82,16 @@ def test_features_make_the_polynomial_and_are_kept_once(order: int, seed: int) -
 
 
 def test_higher_degrees_come_closer_to_softmax(seed: int) -> None:
-    q, k, v = operands(seed, 0.7)
-    scores = torch.einsum("bihe,bjhe->bhij", q, k).clamp(-3, 3)
+    q, k, v = operands(seed)
+    scores = torch.einsum("bihe,bjhe->bhij", q, k).clamp(-1, 1)
     softmax = scores.masked_fill(~seen_pairs(23), float("-inf")).softmax(-1)
     errors = []
-    for order in (2, 4, 6, 8, 12):
+    for order in (2, 3, 4, 6, 8):
         weights = polynomial(scores, order).masked_fill(~seen_pairs(23), 0)
         matrix = weights / weights.sum(-1, keepdim=True)
         errors.append((torch.einsum("bhij,bjhf->bihf", matrix - softmax, v)).abs().max().item())
     assert all(later < 0.7 * sooner for sooner, later in pairwise(errors))
-    assert errors[-1] < 1e-2
+    assert errors[-1] < 1e-4
 
 
 def module(p: int, length: int, seed: int, **more: Any) -> tuple[FastMixer, Tensor]:
