@@ -17,6 +17,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "ttt": "longctx.mixers.ttt.TTTMixer",
         "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
         "agalite": "longctx.mixers.agalite.AgaliteMixer",
+        "transformer_vq": "longctx.mixers.transformer_vq.TransformerVQMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""

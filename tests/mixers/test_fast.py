@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem
+from contract_cases import Problem, peak_bytes
 from torch import Tensor
 
 from longctx.config.load import load_config
@@ -32,10 +32,6 @@ def operands(seed: int, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, 23, 3, E, generator=generator, dtype=torch.float64) for E in (4, 4, 5))
     return [t.requires_grad_() for t in (q * scale, k * scale, v)]
-
-
-def divided(sums: Tensor) -> Tensor:
-    return sums[..., :-1] / sums[..., -1:]
 
 
 def gradients(function: Any, given: list[Tensor], order: int, *more: Any, **options: Any) -> list[Tensor]:
@@ -69,10 +65,9 @@ def test_it_is_quadratic_attention(order: int, seed: int) -> None:
     context, (q, k, v) = SequenceContext.single(2, 23, DOCUMENTS), operands(seed)
     scores = torch.einsum("bihe,bjhe->bhij", q, k)
     weights = (1 + scores + (scores * scores / 2 if order == 2 else 0)).masked_fill(~seen_pairs(23), 0)
-    matrix = weights / weights.sum(-1, keepdim=True)
     sums, _ = polynomial_attention(q, k, v, order, context, chunk=4)
-    wanted = torch.einsum("bhij,bjhf->bihf", matrix, v)
-    torch.testing.assert_close(divided(sums), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sums[..., :-1], torch.einsum("bhij,bjhf->bihf", weights, v), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sums[..., -1], weights.sum(-1).transpose(1, 2), rtol=1e-10, atol=1e-10)
     for j, stop in ((5, 6), (7, 19)):
         read, _ = polynomial_attention(q, k, v * (torch.arange(23) == j)[:, None, None], order, context, chunk=4)
         assert read[0, j, :, :-1].any() and not read[0, stop:, :, :-1].any()
@@ -87,16 +82,16 @@ def test_features_make_the_polynomial_and_are_kept_once(order: int, seed: int) -
 
 
 def test_higher_degrees_come_closer_to_softmax(seed: int) -> None:
-    q, k, v = operands(seed, 0.7)
-    scores = torch.einsum("bihe,bjhe->bhij", q, k).clamp(-3, 3)
+    q, k, v = operands(seed)
+    scores = torch.einsum("bihe,bjhe->bhij", q, k).clamp(-1, 1)
     softmax = scores.masked_fill(~seen_pairs(23), float("-inf")).softmax(-1)
     errors = []
-    for order in (2, 4, 6, 8, 12):
+    for order in (2, 3, 4, 6, 8):
         weights = polynomial(scores, order).masked_fill(~seen_pairs(23), 0)
         matrix = weights / weights.sum(-1, keepdim=True)
         errors.append((torch.einsum("bhij,bjhf->bihf", matrix - softmax, v)).abs().max().item())
     assert all(later < 0.7 * sooner for sooner, later in pairwise(errors))
-    assert errors[-1] < 1e-2
+    assert errors[-1] < 1e-4
 
 
 def module(p: int, length: int, seed: int, **more: Any) -> tuple[FastMixer, Tensor]:
@@ -148,6 +143,7 @@ def test_a_first_key_opposite_to_its_query_divides_by_no_zero(lengthening: bool,
     mixer = CausalLM(config, seed=seed).double().layers[0].mixer
     assert isinstance(mixer, FastMixer) and (mixer.rope.attention_factor > 1) == lengthening
     with torch.no_grad():
+        mixer.q_proj.weight.mul_(1e6)  # so that the norm's epsilon makes no difference
         mixer.k_proj.weight.copy_(-mixer.q_proj.weight)
     x = problem.inputs().requires_grad_()
     y = mixer(x, SequenceContext.single(2, 7))[0]
@@ -155,6 +151,12 @@ def test_a_first_key_opposite_to_its_query_divides_by_no_zero(lengthening: bool,
     assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
     values = mixer.v_proj(x).abs().max() * mixer.o_proj.weight.abs().sum(1).max()
     assert y.abs().max() <= values * 1.001
+    assert y[:, 0].abs().max() < 1e-6  # the first token has only its own key: a weight of 0, by rounding
+
+
+def test_memory_grows_as_the_length(seed: int) -> None:
+    peaks = [peak_bytes(Problem("fast", {"chunk": 4}, length, ((0,),), seed)) for length in (256, 512)]
+    assert peaks[1] / peaks[0] < 2.1
 
 
 def test_its_config_loads() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, sequence_group
+from contract_cases import Problem, peak_bytes, sequence_group
 from pool import Pool
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from longctx.mixers.ops.log_linear import LogLinearState, log_linear_attention, 
 from longctx.mixers.ops.running_max import running_max
 from longctx.runtime.mesh import alone
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import Layout, Run
 
 DOCUMENTS = ((0, 5, 6, 19), (0,))
 
@@ -73,7 +74,7 @@ def test_it_is_quadratic_attention_at_any_size_of_exponent(scale: float, seed: i
     nothing = torch.zeros(())
     for found, exact in zip(gradients(y, nothing, [a, b, v]), gradients(wanted, nothing, [a, b, v]), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
-    for j in (5, 7):
+    for j in (5, 6):  # first tokens of documents: each has a weight of one in its own row
         read, _ = log_linear_attention(a, b, v * (torch.arange(23) == j)[:, None, None], context, empty(a), 4)
         stop = 6 if j == 5 else 19
         assert read[0, j].any() and not read[0, stop:].any() and not read[0, :j].any()
@@ -125,6 +126,15 @@ def test_the_running_maximum_starts_anew_with_a_document(seed: int) -> None:
             previous = top[row, t] if t == start else top[row, t - 1]
             torch.testing.assert_close(fall[row, t], previous - top[row, t], rtol=0, atol=0)
     assert torch.equal(final, top[:, -1]) and not top.requires_grad
+
+
+def test_no_maximum_enters_a_document_that_starts_with_a_run(seed: int) -> None:
+    """Row 0 has a document that starts at token 6, row 1 has one that goes on."""
+    _, b, _ = operands(seed, 1.0)
+    context = SequenceContext(alone().sequence, Layout(23, ((Run(6, 23),),)), DOCUMENTS, past=6)
+    top, fall, _ = running_max(b[:, 6:], context, b.new_full((2, 3, 4), 50.0))
+    assert torch.equal(top[0, 0], b[0, 6]) and not fall[0, 0].any()
+    assert torch.equal(top[1], torch.full_like(top[1], 50.0)) and not fall[1].any()
 
 
 @pytest.mark.parametrize("block", [3, 8, 64])
@@ -208,6 +218,11 @@ def test_calibrating_what_an_engine_holds_is_refused(change: Any) -> None:
     mixer.sigma.weight = torch.nn.Parameter(change(mixer.sigma.weight.detach()))
     with pytest.raises(UnsupportedError, match="before the engine"):
         calibrate(mixer, torch.ones(12))
+
+
+def test_memory_grows_as_the_length(seed: int) -> None:
+    peaks = [peak_bytes(Problem("lln", {"chunk": 4, "diagonal": "on"}, length, ((0,),), seed)) for length in (256, 512)]
+    assert peaks[1] / peaks[0] < 2.1
 
 
 def test_its_config_loads() -> None:
