@@ -10,6 +10,8 @@ import pytest
 import torch
 from contract_cases import Problem
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longctx.config.load import load_config
 from longctx.mixers.ops.linear import linear_attention_naive
@@ -116,6 +118,33 @@ def test_a_state_stops_at_any_token(cut: int, seed: int) -> None:
     if cut % 4:
         forgetful, _ = ttt_linear(*rest, TTTState(state.W_BHFE, zeros))
         assert (forgetful - second).abs().max() > 1e-3
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that all operations write."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.total += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+
+def written(length: int, seed: int) -> int:
+    problem = Problem("ttt", {"chunk": 4}, length, ((0,),), seed)
+    mixer, x = problem.layer().mixer, problem.inputs().requires_grad_()
+    with Written() as count:
+        mixer(x, SequenceContext.single(1, length))[0].sum().backward()
+    return count.total
+
+
+def test_its_cost_grows_with_the_length_only(seed: int) -> None:
+    """Bug: taking the parts of a run by index gave each a gradient as long as the run, O(N^2).
+
+    Fix: they are unbound. Strategy: twice the tokens write twice the numbers.
+    """
+    assert written(512, seed) / written(256, seed) < 2.1
 
 
 def test_the_inner_model_is_a_residual_one(seed: int) -> None:

@@ -140,33 +140,49 @@ def _per_lane(inner: InnerModel, batch: int, dtype: torch.dtype) -> tuple[Tensor
     return tuple(t.to(dtype).expand(batch, *t.shape).flatten(0, 1) for t in tensors)
 
 
+class _Part(NamedTuple):
+    """What one part of a mini-batch takes part with, of every lane."""
+
+    both: Tensor  # k' above q', [L, 2C, F]
+    learning: Tensor  # k'^T l, [L, F, C]
+    target: Tensor
+    attention: Tensor  # t_i l_j q'_i . k'_j for j <= i, [L, C, C]
+    fresh: Tensor
+    over: Tensor
+    closing: Tensor
+
+
+def _parts_of(tokens: tuple[Tensor, ...]) -> tuple[list[_Part], Tensor]:
+    """What does not depend on the state, and t q' of the first part."""
+    q, k, target, rate, used, scale, starts, ends, closing = tokens
+    q, k = torch.cat((q, used), dim=-1), torch.cat((k, used), dim=-1)
+    attention = ((q @ k.mT) * (scale[..., None] * rate.mT)).tril()
+    flags = starts[..., None].bool(), ends[..., None].bool(), closing[..., None]
+    stacked = (torch.cat((k, q), dim=2), (k * rate).mT, target, attention, *flags)
+    # Unbound, not indexed: the gradient of every index is a tensor as long as the run, O(N^2) in all.
+    parts = [_Part(*tensors) for tensors in zip(*(t.unbind(1) for t in stacked), strict=True)]
+    return parts, scale[:, 0, :, None] * q[:, 0]
+
+
 def _learn(operands: Operands, state_L2FE: Tensor, eps: float, plain: Bools) -> tuple[Tensor, Tensor]:
     """Outputs of one run [L, N, C, E] and the state after it; ``plain[n]``: whole mini-batches, no document start."""
-    q, k, target, rate, used, scale, starts, ends, closing = operands.tokens
     start, *norm = operands.rows
-    q, k = torch.cat((q, used), dim=-1), torch.cat((k, used), dim=-1)
-    weighted = (k * rate).mT
-    attention = ((q @ k.mT) * (scale[..., None] * rate.mT)).tril()
-    reach = scale[..., None] * q
-    both = torch.cat((k, q), dim=2)
+    parts, reach = _parts_of(operands.tokens)
     W, A = state_L2FE.unbind(1)
     outputs = []
-    for n in range(q.shape[1]):
+    for n, part in enumerate(parts):
         if not plain[n]:
-            fresh = starts[:, n, :, None].bool()
-            W, A = torch.where(fresh, start, W), torch.where(fresh, 0, A)
-        predicted, y = (both[:, n] @ W).chunk(2, dim=1)
-        G = _loss_gradient(predicted, target[:, n], norm, eps)
-        y = torch.baddbmm(y, attention[:, n], G, alpha=-1)
-        if n == 0:  # only a run's first tokens can find a mini-batch begun
-            y = torch.baddbmm(y, reach[:, n], A, alpha=-1)
-        outputs.append(y)
+            W, A = torch.where(part.fresh, start, W), torch.where(part.fresh, 0, A)
+        predicted, y = (part.both @ W).chunk(2, dim=1)
+        G = _loss_gradient(predicted, part.target, norm, eps)
+        y = torch.baddbmm(y, part.attention, G, alpha=-1)
+        # Only the first tokens of a run can find a mini-batch begun.
+        outputs.append(torch.baddbmm(y, reach, A, alpha=-1) if n == 0 else y)
         if plain[n]:
-            W = torch.baddbmm(W, weighted[:, n] * closing[:, n, :, None], G, alpha=-1)
-        else:
-            A = torch.baddbmm(A, weighted[:, n], G)
-            W = W - closing[:, n, :, None] * A
-            A = torch.where(ends[:, n, :, None].bool(), 0, A)
+            W = torch.baddbmm(W, part.learning * part.closing, G, alpha=-1)
+            continue
+        A = torch.baddbmm(A, part.learning, G)
+        W, A = W - part.closing * A, torch.where(part.over, 0, A)
     return torch.stack(outputs, dim=1), torch.stack((W, A), dim=1)
 
 
