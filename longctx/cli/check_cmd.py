@@ -6,7 +6,7 @@ import typing
 from longctx.cli.options import add_config_arguments, described_model, load_runnable, whole_number
 
 if typing.TYPE_CHECKING:
-    from longctx.config.schema import Config
+    from longctx.config.schema import Config, Model
 
 HELP = "report every error of a config at once, without starting anything"
 
@@ -40,6 +40,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _count(model: "Model") -> int:
+    """Of any decoder and recurrence, by building it without memory.
+
+    Raises:
+        ConfigError: a mixer has an option it does not know.
+    """
+    import torch
+
+    from longctx.model.decoder import CausalLM
+    from longctx.recurrence import with_recurrence
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in with_recurrence(CausalLM(model, seed=None), None).parameters())
+
+
 def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]:
     from longctx.config.summary import summarize
 
@@ -51,11 +66,13 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
         parameters = f"{size.parameters:,} parameters"
     elif model.hf_config is not None:
         parameters = "parameters as transformers' class has them"
+    elif model.vocab_size is not None:
+        parameters = f"{_count(model):,} parameters"
     ranks = f"{size.world} = {size.data_ranks} data x {config.sequence.degree} sequence"
     corpus = "not built yet"
     if size.corpus_tokens:
         corpus = f"{size.corpus_tokens:,} training tokens, {size.total_tokens / size.corpus_tokens:.2f} passes"
-    exports = set(model.mixers) == {"softmax"}
+    exports = set(model.mixers) == {"softmax"} and model.recurrence is None
     engine = f"deepspeed, ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else config.engine.kind
     return [
         ("run", str(config.run)),

@@ -114,6 +114,17 @@ def _mixer(config: Config) -> Iterator[Problem]:
         yield Problem(("model", key), f"{name!r} is unknown; choices: {', '.join(MIXER_NAMES)}")
 
 
+def _recurrence(config: Config) -> Iterator[Problem]:
+    if config.model.recurrence is None:
+        return
+    if config.train.recompute and config.engine.kind == "deepspeed":
+        yield Problem(
+            ("train", "recompute"),
+            "a recurrence runs each layer once per segment, and DeepSpeed cannot take a parameter's gradient from more "
+            "than one recomputed region; leave recompute off or use engine.kind torch",
+        )
+
+
 def _sequence(config: Config) -> Iterator[Problem]:
     length, degree = config.sequence.length, config.sequence.degree
     if length < degree:
@@ -239,7 +250,7 @@ def _packages(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _without_effect, _run, _from_hf, _mixer, _rope, _data, _sequence, _train, _engine, _packages,
+    _without_effect, _run, _from_hf, _mixer, _recurrence, _rope, _data, _sequence, _train, _engine, _packages,
 )  # fmt: skip
 
 

@@ -120,6 +120,10 @@ class Recurrence(Section):
         return reached[-1] if reached else None
 
 
+_BESIDE_HF = {"rope", "max_position_embeddings", "recurrence"}
+"""What may be set beside ``model.from_hf``."""
+
+
 class Model(Section):
     """A Llama-family decoder. ``from_hf`` replaces every shape below by those of a local Hugging Face folder."""
 
@@ -189,8 +193,7 @@ class Model(Section):
         """See :class:`Section`."""
         if self.from_hf is not None:
             reason = f"it comes from model.from_hf ({self.from_hf})"
-            replaced = {"rope", "max_position_embeddings"} & self.model_fields_set
-            return dict.fromkeys(Model.model_fields.keys() - {"from_hf", "recurrence"} - replaced, reason)
+            return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - (_BESIDE_HF & self.model_fields_set), reason)
         idle = {"hf_config": "it is read from the folder that model.from_hf names"}
         if self.layers is not None:
             idle["mixer"] = "model.layers names the mixer of every layer"
@@ -232,8 +235,7 @@ class Model(Section):
                 f"model.{taken[0]} cannot be set beside a {base.architecture}, which takes it from its config.json; "
                 f"change it in {self.from_hf}"
             )
-        beside = {"rope", "max_position_embeddings", "recurrence"}
-        chosen = {key: getattr(self, key) for key in beside & self.model_fields_set}
+        chosen = {key: getattr(self, key) for key in _BESIDE_HF & self.model_fields_set}
         return base.model_copy(update={key: value for key, value in chosen.items() if value is not None})
 
     def window(self, layer: int) -> int | None:

@@ -11,8 +11,8 @@ from longctx.errors import ConfigError
 class Summary:
     """Sizes of a run.
 
-    ``parameters`` is None while the vocabulary is unknown (no corpus built yet) and for architectures that transformers
-    computes; ``corpus_tokens`` counts the training tokens of all sources once, None if one cannot be read.
+    ``parameters`` is None while the vocabulary is unknown (no corpus built yet) and for what is no decoder of softmax
+    layers alone; ``corpus_tokens`` counts the training tokens of all sources once, None if one cannot be read.
     ``accumulation`` is micro-batches per step.
     """
 
@@ -36,7 +36,7 @@ def summarize(config: Config, model: Model, world: int | None = None) -> Summary
     vocab = model.vocab_size or _corpus_vocab(config)
     tokens = config.train.batch * config.sequence.length
     return Summary(
-        parameters=count_parameters(model, vocab) if vocab and model.hf_config is None else None,
+        parameters=count_parameters(model, vocab) if vocab and _is_plain(model) else None,
         world=ranks,
         data_ranks=data_ranks,
         accumulation=config.train.batch // (data_ranks * config.train.micro_batch),
@@ -44,6 +44,10 @@ def summarize(config: Config, model: Model, world: int | None = None) -> Summary
         total_tokens=tokens * config.train.steps,
         corpus_tokens=_corpus_tokens(config),
     )
+
+
+def _is_plain(model: Model) -> bool:
+    return model.hf_config is None and model.recurrence is None and set(model.mixers) == {"softmax"}
 
 
 def count_parameters(model: Model, vocab_size: int) -> int:

@@ -21,10 +21,12 @@ def flops_per_token(model: Model, parameters: int, length: int) -> float:
     """Forward and backward FLOPs per trained token: 6 per weight that multiplies, plus causal attention.
 
     The embedding is a lookup, so its weights count once, as the head. Attention is 12 * layers * heads * head_dim per
-    visible key; a causal query sees ``length / 2`` keys on average, at most the layer's window. Recomputation does not
-    count.
+    visible key; a causal query sees ``length / 2`` keys on average, at most the layer's window or its recurrence's
+    segment. What other mixers than softmax compute beside their weights does not count, nor does recomputation.
     """
     assert model.vocab_size is not None
     lookup = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    visible = sum(min(length / 2, model.window(layer) or length) for layer in range(model.num_layers))
+    longest = min(length, model.recurrence.segment) if model.recurrence is not None else length
+    softmax = [layer for layer, mixer in enumerate(model.mixers) if mixer == "softmax"]
+    visible = sum(min(longest / 2, model.window(layer) or longest) for layer in softmax)
     return 6.0 * (parameters - lookup) + 12.0 * model.num_heads * model.head_size * visible

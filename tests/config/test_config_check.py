@@ -43,6 +43,11 @@ def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
         ("train={steps: 10, precision: bf16}", "train.precision: engine.kind torch trains in fp32 only"),
         ("engine.zero=1", "engine.zero: has no effect: engine.kind torch shards nothing"),
         ("engine.options={wall_clock_breakdown: true}", "engine.options: has no effect: engine.kind torch"),
+        (
+            "model.recurrence={kind: rmt, segment: 8, keys: 3}",
+            "model.recurrence.keys: has no effect: kind rmt has no keys; of use to armt",
+        ),
+        ("model={layers: [conv, softmx]}", "model.layers: 'softmx' is unknown; choices: softmax"),
         ("model.mixer=softmx", "model.mixer: 'softmx' is unknown; choices: softmax"),
         ("sequence={length: 2, degree: 3}", "sequence.length: 2 tokens cannot be cut over 3 ranks"),
         (
@@ -387,3 +392,56 @@ def test_other_causal_models_of_text_are_accepted(tmp_path: Path) -> None:
 def test_a_foreign_config_is_only_read_from_a_folder(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, "model.hf_config={model_type: mixtral}")
     assert "has no effect: it is read from the folder that model.from_hf names" in found
+
+
+def test_a_recurrence_is_not_recomputed_under_deepspeed(tmp_path: Path) -> None:
+    """Bug: DeepSpeed fails in the backward. Fix: refused before. Strategy: with and without each of the three."""
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    recurrence, recompute = "model.recurrence={kind: rmt, segment: 8}", "train.recompute=true"
+    (problem,) = problems(tmp_path / "a", recurrence, recompute, "engine={kind: deepspeed}")
+    assert problem.startswith("train.recompute: a recurrence runs each layer once per segment")
+    assert problems(tmp_path / "b", recurrence, "engine={kind: deepspeed}") == []
+    assert problems(tmp_path / "c", recurrence, recompute, "engine={kind: torch}") == []
+    assert problems(tmp_path / "d", recompute, "engine={kind: deepspeed}") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        (
+            "[gated_retention*3, softmax] * 2",
+            ("gated_retention",) * 3 + ("softmax",) + ("gated_retention",) * 3 + ("softmax",),
+        ),
+        (["conv*2", "softmax"], ("conv", "conv", "softmax")),
+        ("conv", ("conv",)),
+        ("[[conv, softmax]*2, conv]", ("conv", "softmax", "conv", "softmax", "conv")),
+    ],
+)
+def test_patterns_name_every_layer(pattern: Any, layers: tuple[str, ...]) -> None:
+    model = Model.model_validate({"layers": pattern})
+    assert model.layers == model.mixers == layers
+    assert model.num_layers == len(layers)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("[conv, softmax", "a bracket is not closed"),
+        ("conv * 0", "a whole number above 0 should follow"),
+        ("conv softmax", "nothing fits before 'softmax'"),
+        ("conv, ?", r"cannot read '\?'"),
+        ("", "a name or a bracket should stand at 'the end'"),
+        (3, "layers should be like"),
+    ],
+)
+def test_a_pattern_that_cannot_be_read_says_where(pattern: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Model.model_validate({"layers": pattern})
+
+
+def test_a_pattern_agrees_with_the_number_of_layers() -> None:
+    with pytest.raises(ValueError, match="layers names 2 mixers for num_layers 3"):
+        Model.model_validate({"layers": ["conv", "softmax"], "num_layers": 3})
+    with pytest.raises(ValueError, match="mixer_options are given for ttt, which no layer uses"):
+        Model.model_validate({"layers": ["conv", "softmax"], "mixer_options": {"ttt": {"chunk": 4}}})
