@@ -1,4 +1,4 @@
-"""``longctx check``: every fault of a config at once, or what the run amounts to. Never imports torch."""
+"""``longctx check``: every fault of a config at once, or what the run amounts to; torch only counts parameters."""
 
 import argparse
 import typing
