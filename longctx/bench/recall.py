@@ -1,8 +1,8 @@
 """``longctx bench recall``: does a state over segments remember? One fact, asked for again at the end of every segment.
 
-A row has ``segments`` segments of random symbols. In the first a mark stands somewhere and the symbol behind it is the
-fact; the last token of every segment asks for it, and only there is a label. A decoder without memory can answer in the
-first segment alone and guesses elsewhere.
+A row has ``segments`` segments of random symbols. Somewhere in the first stands a fact, a kind of token that occurs
+nowhere else; the last token of every segment asks which it was, and only there is a label. A decoder without memory can
+answer in the first segment alone and guesses elsewhere.
 """
 
 import time
@@ -27,7 +27,8 @@ from longctx.train.trainer import Callback, Record, Trainer
 Int64Array = npt.NDArray[np.int64]
 
 SYMBOLS = 16
-MARK, ASK = SYMBOLS, SYMBOLS + 1
+"""Kinds of noise, numbered from 0, and kinds of facts, numbered from there."""
+ASK = 2 * SYMBOLS
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Facts:
         """Tokens and labels of the runs."""
         generator = np.random.default_rng((self.seed, row))
         tokens = generator.integers(0, SYMBOLS, self.length)
-        place = int(generator.integers(0, self.segment - 2))
-        tokens[place] = MARK
+        fact = SYMBOLS + int(generator.integers(0, SYMBOLS))
+        tokens[int(generator.integers(0, self.segment - 1))] = fact
         tokens[self.segment - 1 :: self.segment] = ASK
-        labels = np.where(tokens == ASK, tokens[place + 1], IGNORED)
+        labels = np.where(tokens == ASK, fact, IGNORED)
         index = np.concatenate([np.empty(0, np.int64), *(np.arange(*run) for run in runs)])
         return tokens[index], labels[index]
 
@@ -83,7 +84,7 @@ class Plan:
     segments: int = 16
     segment: int = 16
     steps: int = 600
-    batch: int = 64
+    batch: int = 32
     width: int = 64
     layers: int = 2
     memory: int = 4
@@ -123,7 +124,7 @@ def _config(kind: str, plan: Plan, mesh: Mesh) -> tuple[Config, Model]:
         recurrence["keys"] = 16
     model = Model.model_validate(
         {
-            "vocab_size": SYMBOLS + 2, "hidden_size": plan.width, "num_layers": plan.layers, "num_heads": 4,
+            "vocab_size": ASK + 1, "hidden_size": plan.width, "num_layers": plan.layers, "num_heads": 4,
             "intermediate_size": 2 * plan.width, "init_std": 0.05, "recurrence": recurrence,
         }
     )  # fmt: skip

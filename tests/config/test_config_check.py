@@ -376,6 +376,9 @@ def test_summary(tmp_path: Path) -> None:
         ("llama_8b_128k", 64),
         ("llama_8b_1m", 128),
         ("continue_hf", 8),
+        *((f"mixers/{mixer}", 2) for mixer in MIXER_NAMES if mixer != "softmax"),
+        ("recurrence/rmt", 2),
+        ("recurrence/armt", 2),
     ],
 )
 def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:

@@ -120,7 +120,7 @@ def test_launchers_understand_the_rows_of_the_table(command: str) -> None:
     assert not dry or done.stdout.split()[-4:] == ["longctx", "train", "CONFIG", "key=value"]
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
