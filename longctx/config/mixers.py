@@ -8,6 +8,7 @@ from typing import Any
 MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
     {
         "softmax": "longctx.mixers.softmax.SoftmaxMixer",
+        "yoco": "longctx.mixers.yoco.YocoMixer",
         "gated_retention": "longctx.mixers.gated_retention.GatedRetentionMixer",
         "conv": "longctx.mixers.conv.LightConvMixer",
         "rwkv7": "longctx.mixers.rwkv7.RWKV7Mixer",

@@ -33,6 +33,12 @@ class Mixer(nn.Module, ABC):
     Options: ClassVar[type[Section]] = Section
     """What ``model.mixer_options`` may set for it."""
 
+    takes_memory: ClassVar[bool] = False
+    """Whether it looks at what an earlier layer offered; a mixer that does not is given no memory."""
+
+    offers: bool = False
+    """Whether :meth:`offer` makes a memory for this and later layers."""
+
     causal: ClassVar[bool]
     collectives: ClassVar[frozenset[str]]
     layouts: ClassVar[frozenset[str]]
@@ -71,6 +77,10 @@ class Mixer(nn.Module, ABC):
         """Whether a state of ``past`` tokens may be continued to ``length``; if not, all tokens must run again."""
         return True
 
+    def offer(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> Any:
+        """The memory that this layer makes from its input; only where :attr:`offers`."""
+        raise NotImplementedError(f"{type(self).__name__} offers no memory")
+
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
         """What a forward and then a backward post on this rank, in order, for activations of ``dtype``."""
         if context.degree == 1 or not self.collectives:
@@ -85,5 +95,5 @@ class Mixer(nn.Module, ABC):
 
         Args:
             state: that before the first token of ``context``, the same on every rank; None in, None out.
-            memory: another source, for mixers that look at one.
+            memory: what this or an earlier layer offered, for mixers that take one.
         """

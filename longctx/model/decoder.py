@@ -61,18 +61,30 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
-    ) -> tuple[Tensor, Any]:
-        """See DESIGN.md, "A layer": state None in, None out."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._run(x_BTD, context, state, memory)
-        y_BTD, state = recomputed(self._run, x_BTD, context.keeping(Kept()), state, memory)
-        return y_BTD, state
+        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None, last: bool = False
+    ) -> tuple[Tensor, Any, Any]:
+        """The tokens after this layer, its new state (state None in, None out), and the memory for the layers above.
 
-    def _run(self, x_BTD: Tensor, context: SequenceContext, state: Any, memory: Any) -> tuple[Tensor, Any]:
-        mixed_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, state, memory)
+        Args:
+            last: give the last token alone, after all have entered the memory that this layer offers.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._run(x_BTD, context, state, memory, last)
+        result: tuple[Tensor, Any, Any] = recomputed(self._run, x_BTD, context.keeping(Kept()), state, memory, last)
+        return result
+
+    def _run(
+        self, x_BTD: Tensor, context: SequenceContext, state: Any, memory: Any, last: bool
+    ) -> tuple[Tensor, Any, Any]:
+        mixer = self.mixer
+        normed_BTD = self.mixer_norm(x_BTD)
+        if mixer.offers:
+            memory = mixer.offer(normed_BTD, context, state)
+        if last:
+            x_BTD, normed_BTD, context = x_BTD[:, -1:], normed_BTD[:, -1:], context.last()
+        mixed_BTD, state = mixer(normed_BTD, context, state, memory if mixer.takes_memory else None)
         x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state, memory
 
 
 class CausalLM(nn.Module):
@@ -130,6 +142,7 @@ class CausalLM(nn.Module):
         labels_BT: Tensor | None = None,
         state: Sequence[Any] | None = None,
         loss_chunk: int = 1024,
+        last_only: bool = False,
     ) -> Output:
         """Run this rank's tokens.
 
@@ -139,8 +152,10 @@ class CausalLM(nn.Module):
                 cross entropies of this rank in fp32 (fp64 for fp64), connected to the graph even without any token.
             state: one entry per layer (see :meth:`empty_state`), or None.
             loss_chunk: tokens per chunk of the output head.
+            last_only: with a state, hidden states of the last token alone: the others leave the decoder where no later
+                layer needs them (YOCO's early exit), and nothing of a token is lost to the state.
         """
-        hidden_BTD, state = self.run(self.embed_tokens(tokens_BT), context, state)
+        hidden_BTD, state = self.run(self.embed_tokens(tokens_BT), context, state, last_only)
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, state)
 
@@ -150,14 +165,25 @@ class CausalLM(nn.Module):
         return x_BTD
 
     def run(
-        self, x_BTD: Tensor, context: SequenceContext, state: Sequence[Any] | None = None
+        self, x_BTD: Tensor, context: SequenceContext, state: Sequence[Any] | None = None, last_only: bool = False
     ) -> tuple[Tensor, State | None]:
-        """Last hidden states [B, T, D] of embedded tokens, and the new state or None."""
-        new_state = []
+        """Last hidden states [B, T, D] of embedded tokens (see ``last_only`` above), and the new state or None."""
+        new_state, memory = [], None
+        leaves = self._exit if last_only and state is not None else None
         for index, layer in enumerate(self.layers):
-            x_BTD, layer_state = layer(x_BTD, context, None if state is None else state[index])
+            before = None if state is None else state[index]
+            x_BTD, layer_state, memory = layer(x_BTD, context, before, memory, index == leaves)
+            context = context.last() if index == leaves else context
             new_state.append(layer_state)
+        x_BTD = x_BTD[:, -1:] if last_only else x_BTD
         return self.norm(x_BTD), None if state is None else tuple(new_state)
+
+    @property
+    def _exit(self) -> int | None:
+        """The layer that makes the memory, if it and all above keep nothing else of a token."""
+        mixers = [_layer(layer).mixer for layer in self.layers]
+        first = next((index for index, mixer in enumerate(mixers) if mixer.offers), None)
+        return first if first is not None and all(mixer.takes_memory for mixer in mixers[first:]) else None
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""

@@ -158,23 +158,27 @@ class AssociativeRecurrentMemory(nn.Module):
             if crossed is not None and number % (crossed + 1) == 0:
                 carried = [None if m is None else Associations(*(t.detach() for t in m)) for m in carried]
             h_BTD = torch.cat((x_BTD[:, segment.rows], first_BMD[:, : segment.behind]), dim=1)
-            last = number + 1 == len(segments)
-            for index in range(len(self.layers)):
-                h_BTD, carried[index] = self._layer(index, h_BTD, segment, carried[index], first_BMD, context, last)
+            last, offered = number + 1 == len(segments), None
+            for index, layer in enumerate(self.decoder.layers):
+                if (memory := carried[index]) is not None:
+                    h_BTD = h_BTD + self._read(index, h_BTD, memory) * _remembering(segment, h_BTD)
+                h_BTD, _, offered = layer(h_BTD, segment.context, None, offered)
+                carried[index] = None
+                if self.recurrence.memory and not last:
+                    h_BTD, carried[index] = self._write(index, h_BTD, segment, memory, first_BMD, context)
             end = h_BTD.shape[1] - segment.behind
             outputs.append(self.decoder.norm(h_BTD[:, :end]))
         return torch.cat(outputs, dim=1)
 
-    def _layer(
+    def _read(self, index: int, h_BTD: Tensor, memory: Associations) -> Tensor:
+        return _memory(self.layers[index]).read(h_BTD, memory)
+
+    def _write(
         self, index: int, h_BTD: Tensor, segment: Segment, memory: Associations | None, first_BMD: Tensor,
-        context: SequenceContext, last: bool,
-    ) -> tuple[Tensor, Associations | None]:  # fmt: skip
+        context: SequenceContext,
+    ) -> tuple[Tensor, Associations]:  # fmt: skip
+        """What layer ``index`` remembers after the segment, on every rank, and its rows tied to it."""
         own = _memory(self.layers[index])
-        if memory is not None:
-            h_BTD = h_BTD + own.read(h_BTD, memory) * _remembering(segment, h_BTD)
-        h_BTD, _ = self.decoder.layers[index](h_BTD, segment.context)
-        if last or not self.recurrence.memory:
-            return h_BTD, None
         written = h_BTD[:, h_BTD.shape[1] - segment.behind :] if segment.behind else first_BMD
         rows_BMD = share(written, segment.owner, context)
         memory = own.empty(h_BTD) if memory is None else _forgotten(memory, segment)
@@ -210,11 +214,11 @@ class AssociativeRecurrentMemory(nn.Module):
         self, h_BTD: Tensor, context: SequenceContext, inner: Any, layers: tuple[Associations, ...], reads: bool
     ) -> tuple[Tensor, tuple[Any, ...], list[Tensor]]:
         """Rows through all layers: the last hidden states, the decoder's new state, and the rows after every layer."""
-        states, rows = [], []
+        states, rows, offered = [], [], None
         for index, layer in enumerate(self.decoder.layers):
             if reads:
-                h_BTD = h_BTD + _memory(self.layers[index]).read(h_BTD, layers[index])
-            h_BTD, layer_state = layer(h_BTD, context, inner[index])
+                h_BTD = h_BTD + self._read(index, h_BTD, layers[index])
+            h_BTD, layer_state, offered = layer(h_BTD, context, inner[index], offered)
             states.append(layer_state)
             rows.append(h_BTD)
         return h_BTD, tuple(states), rows

@@ -106,6 +106,11 @@ class SequenceContext:
         layout = Layout(self.length + new, ((Run(self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
+    def last(self) -> "SequenceContext":
+        """The context of the last token alone, all others past; on one rank."""
+        layout = Layout(self.length, ((Run(self.length - 1, self.length),),))
+        return replace(self, layout=layout, past=self.length - 1)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make()`` returned the first time ``key`` was asked for: plans and schedules, shared by all layers."""
         if key not in self._made:

@@ -132,7 +132,7 @@ def solve(problem: Problem) -> Solved:
     state = layer.mixer.empty_state(len(problem.documents), x_BSD) if problem.cuts else None
     outputs, loss = [], x_BSD.new_zeros(())
     for x, i, context in zip(leaves, index, contexts, strict=True):
-        y, state = run(x, context, state)
+        y, state = run(x, context, state)[:2]
         outputs.append(y)
         loss = loss + (y * weight_BSD[:, i]).sum()
     final = [t for t in tree_leaves(state) if isinstance(t, Tensor)]

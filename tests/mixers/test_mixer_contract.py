@@ -34,6 +34,7 @@ from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import alone
 from longctx.sequence.collectives.gather import GatherRows
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 
 EVERY = pytest.mark.parametrize("variant", variants(), ids=label)
 Variant = tuple[str, dict[str, Any]]
@@ -237,4 +238,5 @@ def test_every_mixer_declares_itself() -> None:
     for name, mixer in MIXERS.items():
         assert issubclass(mixer, Mixer), name
         assert mixer.layouts, name
+        assert mixer.layouts <= set(LAYOUTS), name
         assert mixer.collectives <= {"ring", "transpose", "gather", "scan", "handoff", "halo", "reduce"}, name

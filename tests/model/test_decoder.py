@@ -5,17 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from longctx.attention.local import Partial
 from longctx.config.schema import Model, Rope
 from longctx.errors import ConfigError, UnsupportedError
-from longctx.mixers import MIXERS
 from longctx.mixers.softmax import KVState, SoftmaxMixer
 from longctx.model.decoder import CausalLM, initial_weight, parameter_shapes
 from longctx.model.recompute import recomputed
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import LAYOUTS
 
 VOCAB = 61
 CONFIG = Model(
@@ -238,24 +235,6 @@ def test_precision_of_the_norm(seed: int) -> None:
     x = (torch.randn(50, 24, generator=torch.Generator().manual_seed(seed)) * 300).bfloat16()
     exact = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + CONFIG.norm_eps)
     assert torch.equal(norm(x), exact.float().bfloat16())
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_a_mixer_is_what_it_declares(name: str, seed: int) -> None:
-    mixer_class, config = MIXERS[name], CONFIG.model_copy(update={"mixer": name})
-    model, tokens = _model(config, seed), _tokens(seed, 6)
-    sizes = []
-    for length in (5, 6):
-        state = model(tokens[:, :length], SequenceContext.single(2, length), state=model.empty_state(2)).state
-        sizes.append([sum(tensor.numel() for tensor in tree_leaves(layer)) // 2 for layer in state])
-    for layer, (five, six) in enumerate(zip(*sizes, strict=True)):
-        per_token, per_sequence = mixer_class.state_size(config, layer)
-        assert (six - five, five) == (per_token, per_sequence + 5 * per_token)
-    changed = torch.cat((tokens[:, :-1], (tokens[:, -1:] + 1) % VOCAB), dim=1)
-    looks_ahead = bool((_logits(model, changed) - _logits(model, tokens))[:, :-1].any())
-    assert looks_ahead == (not mixer_class.causal)
-    assert mixer_class.layouts
-    assert mixer_class.layouts <= set(LAYOUTS)
 
 
 def test_softmax_takes_no_memory() -> None:

@@ -1,0 +1,113 @@
+"""You only cache once: attention of many layers over the keys and values of one (Sun et al., arXiv 2405.05254).
+
+The first ``yoco`` layer of a decoder projects keys and values from its normalised input; it and every later ``yoco``
+layer attend to these with queries of their own. With constant-state mixers below, as in
+``layers: "[gated_retention*12, yoco*12]"``, a whole decoder keeps the keys and values of one layer, and a prompt runs
+through the lower layers only, but for its last token.
+
+Shapes: B batch, T local tokens, S past and new tokens, D model, H query heads, K kv heads, E head dim.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longctx.attention import attention
+from longctx.attention.traffic import Call, planned_traffic
+from longctx.config.schema import Model
+from longctx.errors import UnsupportedError
+from longctx.mixers.base import Mixer, StateSize
+from longctx.mixers.layers import Linear
+from longctx.mixers.ops.shapes import by_head
+from longctx.positions.rope import RotaryEmbedding
+from longctx.sequence.collectives.ledger import Transfer
+from longctx.sequence.context import SequenceContext
+
+
+class SharedKV(NamedTuple):
+    """Rotated keys and values of all tokens so far, for all ``yoco`` layers."""
+
+    k_BSKE: Tensor
+    v_BSKE: Tensor
+
+
+class YocoMixer(Mixer):
+    """See the top of this file."""
+
+    causal: ClassVar[bool] = True
+    takes_memory: ClassVar[bool] = True
+    collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
+    layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
+
+    def __init__(self, config: Model, layer: int) -> None:
+        super().__init__(config, layer)
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_size
+        self.offers = config.mixers.index(config.mixers[layer]) == layer
+        self.rope = RotaryEmbedding.from_config(config)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        if self.offers:
+            self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+            self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+
+    @classmethod
+    def state_size(cls, config: Model, layer: int) -> StateSize:
+        """Keys and values in the first layer, nothing in the others."""
+        first = config.mixers.index(config.mixers[layer]) == layer
+        return StateSize(per_token=2 * config.kv_heads * config.head_size * first, per_sequence=0)
+
+    def empty_state(self, batch: int, like: Tensor) -> Any:
+        """No token seen yet; an empty tuple for a layer that keeps nothing."""
+        if not self.offers:
+            return ()
+        none = like.new_empty(batch, 0, self.kv_heads, self.head_dim)
+        return SharedKV(none, none)
+
+    def state_survives(self, past: int, length: int) -> bool:
+        """False where the rotary table changes between the two lengths."""
+        return past == 0 or self.rope.table(past) == self.rope.table(length)
+
+    def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
+        """See :class:`Mixer`."""
+        return planned_traffic(context, Call(self.heads, self.kv_heads, self.head_dim, dtype))
+
+    def offer(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None = None) -> SharedKV:
+        """Keys and values of the state's tokens and of these.
+
+        Raises:
+            ValueError: the state does not hold the tokens before these.
+            UnsupportedError: its keys are of another rotary table than this length has.
+        """
+        k_BTKE, v_BTKE = (by_head(p(x_BTD), self.kv_heads) for p in (self.k_proj, self.v_proj))
+        k_BTKE = self.rope.rotate(k_BTKE, self._cos_sin(x_BTD, context))
+        held = 0 if state is None else state.k_BSKE.shape[1]
+        if held != context.past:
+            raise ValueError(f"the state holds {held} tokens, the context has {context.past} past tokens")
+        if state is None:
+            return SharedKV(k_BTKE, v_BTKE)
+        if not self.state_survives(context.past, context.length):
+            raise UnsupportedError(
+                f"rope_type {self.rope.rope.rope_type!r} rotates differently at length {context.length} than at"
+                f" {context.past}: cached keys are invalid, run the whole sequence again (longctx.generate does)"
+            )
+        return SharedKV(torch.cat((state.k_BSKE, k_BTKE), dim=1), torch.cat((state.v_BSKE, v_BTKE), dim=1))
+
+    def forward(
+        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
+    ) -> tuple[Tensor, Any]:
+        """See :class:`Mixer`; the first layer makes the memory itself where none is given.
+
+        Raises:
+            UnsupportedError: the memory is no :class:`SharedKV`, or missing in a layer that makes none.
+        """
+        if memory is None and self.offers:
+            memory = self.offer(x_BTD, context, state)
+        if not isinstance(memory, SharedKV):
+            raise UnsupportedError("yoco needs the memory that the first yoco layer of the decoder makes")
+        q_BTHE = self.rope.rotate(by_head(self.q_proj(x_BTD), self.heads), self._cos_sin(x_BTD, context))
+        mixed_BTHE = attention(q_BTHE, *memory, context, causal=True)
+        return self.o_proj(mixed_BTHE.flatten(2)), memory if self.offers and state is not None else state
+
+    def _cos_sin(self, x_BTD: Tensor, context: SequenceContext) -> Any:
+        return self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
