@@ -83,12 +83,12 @@ class Plan:
 
     segments: int = 16
     segment: int = 16
-    steps: int = 600
+    steps: int = 400
     batch: int = 32
     width: int = 64
     layers: int = 2
     memory: int = 4
-    lr: float = 1e-3
+    lr: float = 3e-3
     seed: int = 0
 
 

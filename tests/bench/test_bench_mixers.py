@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from pool import Pool
 
 from longctx.bench.mixers import growth, slope, table
-from longctx.bench.recall import ASK, SYMBOLS, Facts
+from longctx.bench.recall import ASK, SYMBOLS, Facts, Plan, Recall, recall
 from longctx.cli.main import main
 from longctx.mixers import MIXERS
 from longctx.model.head import IGNORED
+from longctx.runtime.mesh import build_mesh
 from longctx.sequence.layout import Run
 
 
@@ -50,6 +53,20 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys: pyte
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def few_steps(kind: str) -> Recall:
+    size = torch.distributed.get_world_size()
+    mesh = build_mesh(size, torch.device("cpu"), 60)
+    return recall(kind, Plan(segments=3, segment=8, steps=6, batch=4, width=16, layers=2, memory=2), mesh)
+
+
+@pytest.mark.parametrize("kind", ["none", "rmt", "armt"])
+def test_two_ranks_learn_the_same_curve(kind: str, pool: Pool) -> None:
+    one, two = (pool.run(few_steps, world, kind)[0] for world in (1, 2))
+    assert len(one.losses) == 6 and set(one.further) == {3, 12}
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.accuracy == pytest.approx(one.accuracy, abs=0.02)
 
 
 def test_facts_are_stated_once_and_asked_for_in_every_segment() -> None:
