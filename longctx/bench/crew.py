@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from longctx.bench.worker import Post
+from longctx.bench.post import Post
 from longctx.errors import LongctxError
 
 

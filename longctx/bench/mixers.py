@@ -3,17 +3,21 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from longctx.bench.crew import Crew
 from longctx.bench.live_bytes import LiveBytes
+from longctx.bench.problem import Shape
 from longctx.config.schema import Model
 from longctx.mixers import MIXERS
 from longctx.model.decoder import CausalLM, DecoderLayer
+from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import LAYOUTS
 
 LENGTHS = tuple(2**power for power in range(11, 17))
 """2,048 to 65,536 tokens."""
@@ -38,9 +42,10 @@ class Growth:
     state_bytes: tuple[int, int]
 
 
-def model_config(mixer: str) -> Model:
-    """One layer of width 128 with four heads of 32."""
-    return Model(vocab_size=8, hidden_size=128, num_layers=1, num_heads=4, mixer=mixer, max_position_embeddings=2**20)
+def model_config(mixer: str, heads: int = 4, head_dim: int = 32) -> Model:
+    """One layer of width ``heads * head_dim``."""
+    size = {"hidden_size": heads * head_dim, "num_heads": heads, "num_layers": 1, "vocab_size": 8}
+    return Model.model_validate({**size, "mixer": mixer, "max_position_embeddings": 2**20})
 
 
 def growth(
@@ -101,6 +106,56 @@ def _prepared(name: str, length: int) -> Callable[[], None]:
     with torch.no_grad():
         layer.mixer(x[:, :64], SequenceContext.single(1, 64))
     return run
+
+
+def measured_mixer(shape: Shape, name: str, group: Group) -> Callable[[], float]:
+    """A function that runs a forward and backward of one layer on this rank's share and returns its seconds."""
+    config = model_config(name, shape.heads, shape.head_dim)
+    layer = CausalLM(config).layers[0]
+    assert isinstance(layer, DecoderLayer)
+    layout = "zigzag" if name in ("softmax", "yoco") else "contiguous"
+    context = SequenceContext(group, LAYOUTS[layout](shape.length, group.size), ((0,),))
+    generator = torch.Generator().manual_seed(shape.seed + group.rank)
+    x = torch.randn(1, context.local_length, config.hidden_size, generator=generator).requires_grad_()
+
+    def run() -> float:
+        started = time.perf_counter()
+        layer.mixer(x, context)[0].sum().backward()
+        return time.perf_counter() - started
+
+    return run
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Seconds of one process with as many threads as ranks, divided by the slowest rank's, over rounds."""
+
+    mixer: str
+    median: float
+    lowest: float
+    highest: float
+
+
+def efficiency(
+    shape: Shape, ranks: int, rounds: int, only: Sequence[str] = (), advance: Callable[[str], None] = lambda _: None
+) -> list[Efficiency]:
+    """Measure every mixer, or ``only`` some, on ``ranks`` ranks of one thread each, in turns with one process."""
+    names = list(only) or list(MIXERS)
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    with Crew(ranks, 1) as crew:
+        for _ in range(rounds):
+            for name in names:
+                advance(name)
+                order = {"contender": name, "shape": asdict(shape), "runs": 1}
+                ratios[name].append(crew.single(order)["seconds"] / crew.world(order)["seconds"])
+    return [Efficiency(name, median(found), min(found), max(found)) for name, found in ratios.items()]
+
+
+def efficiency_table(found: Sequence[Efficiency], ranks: int, shape: Shape) -> list[str]:
+    """The results as lines of text."""
+    head = f"| mixer | efficiency of {ranks} ranks against one process of {ranks} threads, {shape.length:,} tokens |"
+    rows = [f"| {row.mixer} | {row.median:.2f} ({row.lowest:.2f} to {row.highest:.2f}) |" for row in found]
+    return [head, "|---|---|", *rows]
 
 
 def table(found: Sequence[Growth]) -> list[str]:

@@ -1,6 +1,7 @@
 """A process of a benchmark: joins its world, then measures what it is told, one JSON line for another.
 
-Started by :mod:`longctx.bench.crew` as ``python -m longctx.bench.worker``; the first line is the :class:`Post`.
+Started by :mod:`longctx.bench.crew` as ``python -m longctx.bench.worker``; the first line is its
+:class:`longctx.bench.post.Post`.
 """
 
 import json
@@ -8,31 +9,18 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from longctx.bench.mixers import measured_mixer
+from longctx.bench.post import Post
 from longctx.bench.problem import Shape, measured
+from longctx.mixers import MIXERS
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.train.deepspeed_engine import quieten
-
-
-@dataclass(frozen=True)
-class Post:
-    """Place of a process in a world of ``world`` ranks of ``threads`` threads each that meets in the file ``store``."""
-
-    rank: int
-    world: int
-    threads: int
-    store: str
-    inner: int
-
-    def line(self) -> str:
-        """As the first line a process reads."""
-        return json.dumps(asdict(self))
 
 
 def main() -> int:
@@ -65,7 +53,8 @@ def _carry_out(order: dict[str, Any], group: Group, known: dict[str, Callable[[]
     """Mean seconds of ``runs`` runs; of a contender's first order, also the memory of one before, beyond its inputs."""
     name, answer = order["contender"], {}
     if name not in known:
-        known[name] = measured(Shape(**order["shape"]), name, group)
+        make = measured_mixer if name in MIXERS else measured
+        known[name] = make(Shape(**order["shape"]), name, group)
         before = _reset_peak()
         known[name]()
         answer["extra_bytes"] = float(_peak() - before)

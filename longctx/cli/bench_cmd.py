@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     mixers = subparsers.add_parser("mixers", help="how time and memory of every mixer grow with the sequence")
     mixers.add_argument("--lengths", metavar="S,...", help="tokens (default 2048 to 65536, doubled)")
+    mixers.add_argument("--ranks", metavar="N", help="instead: efficiency of N ranks against one process")
+    mixers.add_argument("--length", metavar="S", help="tokens, with --ranks (default 16384)")
     mixers.add_argument("--rounds", metavar="N", default="3", help="rounds, all mixers in each (default 3)")
     mixers.add_argument("--mixers", metavar="NAME,...", default="", help="measure these alone (default: all)")
     mixers.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
@@ -105,15 +107,19 @@ def _mixers(args: argparse.Namespace) -> int:
     from longctx.config.mixers import MIXER_NAMES
     from longctx.errors import ConfigError
 
-    given = [part for part in (args.lengths or "").split(",") if part]
-    lengths = sorted(whole_number("--lengths", part) for part in given) or list(LENGTHS)
-    if len(set(lengths)) < 2:
-        raise ConfigError("--lengths needs at least two different lengths to fit a slope; give more")
     only = [name for name in args.mixers.split(",") if name]
     if unknown := sorted(set(only) - set(MIXER_NAMES)):
         raise ConfigError(f"--mixers {unknown[0]} is unknown; choose from {', '.join(MIXER_NAMES)}")
     for name in ("json", "plot"):
         _check_file(getattr(args, name), f"--{name}")
+    if args.ranks is not None:
+        return _efficiency(args, only)
+    if args.length is not None:
+        raise ConfigError("--length has no effect without --ranks; use --lengths")
+    given = [part for part in (args.lengths or "").split(",") if part]
+    lengths = sorted(whole_number("--lengths", part) for part in given) or list(LENGTHS)
+    if len(set(lengths)) < 2:
+        raise ConfigError("--lengths needs at least two different lengths to fit a slope; give more")
     torch.set_num_threads(1)
     found = growth(lengths, whole_number("--rounds", args.rounds), only, _progress)
     print("\n".join(table(found)))
@@ -121,6 +127,23 @@ def _mixers(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(found, args.plot)
         print(f"wrote {args.plot}")
+    return 0
+
+
+def _efficiency(args: argparse.Namespace, only: list[str]) -> int:
+    from longctx.bench.mixers import efficiency, efficiency_table
+    from longctx.bench.problem import Shape
+    from longctx.cli.options import whole_number
+    from longctx.errors import ConfigError
+
+    for name in ("lengths", "plot"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} has no effect with --ranks; leave one out")
+    ranks = whole_number("--ranks", args.ranks, 2)
+    shape = Shape(16384 if args.length is None else whole_number("--length", args.length), 4, 4)
+    found = efficiency(shape, ranks, whole_number("--rounds", args.rounds), only, _progress)
+    print("\n".join(efficiency_table(found, ranks, shape)))
+    _write(args.json, [asdict(row) for row in found])
     return 0
 
 

@@ -39,9 +39,22 @@ def test_growth_is_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "| conv |" in capsys.readouterr().out
 
 
+@pytest.mark.tier2
+def test_ranks_are_measured_against_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "efficiency.json"
+    arguments = ["--ranks", "2", "--length", "128", "--rounds", "2", "--mixers", "conv,ttt", "--json", str(file)]
+    assert main(["bench", "mixers", *arguments]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["mixer"] for row in rows] == ["conv", "ttt"]
+    assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in rows)
+    assert "efficiency of 2 ranks against one process of 2 threads, 128 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["mixers", "--ranks", "2", "--lengths", "64,128"], "--lengths has no effect with --ranks"),
+        (["mixers", "--length", "64"], "--length has no effect without --ranks"),
         (["mixers", "--mixers", "spiral"], "--mixers spiral is unknown; choose from"),
         (["mixers", "--lengths", "512"], "--lengths needs at least two"),
         (["mixers", "--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png cannot be written"),
