@@ -4,8 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from pool import Pool
 from test_invisible_sharding_deepspeed import deepspeed
+from torch import Tensor
 from training import Case, assert_same_training, relative, train
 
 from longctx.mixers import MIXERS
@@ -32,26 +34,23 @@ def test_training_agrees_for_any_degree(name: str, pool: Pool, seed: int) -> Non
 def test_zero_3_agrees(name: str, pool: Pool) -> None:
     """Parameters stay partitioned, so that a rank that enters modules in another order than the rest hangs.
 
-    A deep stack of gates has gradients that fp32 itself gives to 1e-5 only: the error against fp64 is to be no larger
-    than three times that of one rank. Gradients are compared before the first update: where one is 0 but for rounding,
-    Adam's update is of full size in a random direction.
+    Gradients are compared before the first update (where one is 0 but for rounding, Adam's update is of full size in a
+    random direction), and as a whole: that every single one agrees is the test above, in fp64.
     """
     case = Case(length=37, batch=4, steps=3, seed=5, model=MODELS[name], lr=1e-4, fp64=False)
     recompute = "recurrence" not in MODELS[name]  # DeepSpeed cannot, and longctx check says so
     sharded = replace(case, degree=2, recompute=recompute, engine=deepspeed(3))
-    one, exact = (pool.run(train, 1, replace(case, fp64=fp64), limit_s=120)[0] for fp64 in (False, True))
-    found = pool.run(train, 4, sharded, limit_s=240)[0]
-    assert found.hashes == one.hashes
-    assert relative(found.grad_norms[0], exact.grad_norms[0]) < 1e-5
-    for kind in ("losses", "gradients"):
-        allowed = max(1e-5, 3 * largest_error(getattr(one, kind), getattr(exact, kind)))
-        assert largest_error(getattr(found, kind), getattr(exact, kind)) <= allowed, kind
+    exact = pool.run(train, 1, replace(case, fp64=True), limit_s=240)[0]
+    found = pool.run(train, 4, sharded, limit_s=480)[0]
+    assert found.hashes == exact.hashes
+    for loss, wanted in zip(found.losses, exact.losses, strict=True):
+        assert relative(loss, wanted) < 1e-5
+    assert found.gradients.keys() == exact.gradients.keys()
+    error, whole = (torch.cat([t.flatten() for t in g]).norm() for g in differences(found.gradients, exact.gradients))
+    # Rounding of a stack of all mixers in fp32: 2e-5 was measured. What gets lost or comes twice is far larger.
+    assert float(error / whole) < 1e-4
 
 
-def largest_error(found: Any, exact: Any) -> float:
-    """Relative to each number, or to the largest of a tensor."""
-    if isinstance(exact, list):
-        return max(relative(a, b) for a, b in zip(found, exact, strict=True))
-    floor = 1e-4 * max(float(t.abs().max()) for t in exact.values())
-    errors = ((found[n].double() - t).abs().max() / max(float(t.abs().max()), floor) for n, t in exact.items())
-    return max(map(float, errors))
+def differences(found: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of every gradient, and what it should be."""
+    return [found[name].double() - wanted for name, wanted in exact.items()], list(exact.values())
