@@ -1,7 +1,7 @@
 """The mixers that a config may name, and which layer uses which. Imports no torch: classes are named, not loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,33 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
 
 MIXER_NAMES = tuple(MIXER_CLASSES)
+
+_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq"})
+_SOFTMAX = frozenset({"softmax"})
+
+READERS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm", "sliding_window", "window_layers"), _SOFTMAX),
+        "num_kv_heads": frozenset({"softmax", "yoco"}),
+        "rope": _ROTARY,
+    }
+)
+"""Keys of the model section that only some of the mixers above read."""
+
+
+def unread(mixers: Iterable[str]) -> dict[str, str]:
+    """Keys that none of ``mixers`` reads, and why; a mixer that is not ours may read all."""
+    used = set(mixers)
+    if not used <= _KNOWN:
+        return {}
+    return {
+        key: f"no layer is one of the mixers that read it: {', '.join(sorted(readers))}"
+        for key, readers in READERS.items()
+        if not used & readers
+    }
+
+
+_KNOWN = _ROTARY | {"conv", "rwkv7", "gated_delta", "agalite", "lln"}
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[\[\],*])")
 

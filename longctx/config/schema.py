@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from longctx.config.humanint import parse_int
-from longctx.config.mixers import parse_layers
+from longctx.config.mixers import parse_layers, unread
 from longctx.errors import ConfigError
 
 Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
@@ -194,10 +194,10 @@ class Model(Section):
         if self.from_hf is not None:
             reason = f"it comes from model.from_hf ({self.from_hf})"
             return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - (_BESIDE_HF & self.model_fields_set), reason)
-        idle = {"hf_config": "it is read from the folder that model.from_hf names"}
+        idle = {"hf_config": "it is read from the folder that model.from_hf names", **unread(self.mixers)}
         if self.layers is not None:
             idle["mixer"] = "model.layers names the mixer of every layer"
-        return idle if self.sliding_window else {**idle, "window_layers": "there is no model.sliding_window"}
+        return idle if self.sliding_window else {"window_layers": "there is no model.sliding_window", **idle}
 
     @property
     def architecture(self) -> str:

@@ -13,14 +13,13 @@ and is not part of this mixer; neither uses positions otherwise, the gates make 
 Shapes: B batch, T local tokens, D model, H heads, E = eta d key size, F = d value size, R oscillators, N eta.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear
 from longctx.mixers.ops.agalite import EPS, AgaliteState, agalite, planned_agalite
@@ -99,17 +98,14 @@ class AgaliteMixer(Mixer):
             return planned_agalite(context, self.heads, key, self.value_size, self.count, wide)
         return planned_outer_decay_attention(context, self.heads, key, self.value_size + 1, wide)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: AgaliteState | GaliteState | None = None,
-        memory: Any = None,
-    ) -> tuple[Tensor, AgaliteState | GaliteState | None]:  # fmt: skip
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: AgaliteState | GaliteState | None = None
+    ) -> tuple[Tensor, AgaliteState | GaliteState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("AGaLiTe takes no memory; use a mixer with cross-attention")
         y_BTHF, after = self._mix(self.gated(x_BTD), context, state)
         return self.o_proj(y_BTHF.flatten(2).to(x_BTD.dtype)), None if state is None else after
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, UnsupportedError
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
@@ -87,13 +87,25 @@ class Mixer(nn.Module, ABC):
             return []
         raise NotImplementedError(f"{type(self).__name__} does not plan its traffic")
 
-    @abstractmethod
     def forward(
         self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
     ) -> tuple[Tensor, Any]:
+        """:meth:`mix`; a mixer that takes a memory overrides this instead.
+
+        Args:
+            memory: what this or an earlier layer offered.
+
+        Raises:
+            UnsupportedError: a memory is given to a mixer that takes none.
+        """
+        if memory is not None:
+            raise UnsupportedError(f"{type(self).__name__} takes no memory; use a mixer that does, such as yoco")
+        return self.mix(x_BTD, context, state)
+
+    def mix(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> tuple[Tensor, Any]:
         """Mix this rank's tokens; returns [B, T, D] and the state after the last token of all ranks.
 
         Args:
             state: that before the first token of ``context``, the same on every rank; None in, None out.
-            memory: what this or an earlier layer offered, for mixers that take one.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither mix nor a forward of its own")

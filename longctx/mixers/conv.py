@@ -7,7 +7,7 @@ token, ``softmax(W x_t)``. A tap before the start of the document counts as zero
 Shapes: B batch, T local tokens, D model, H kernels, K taps.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -74,16 +74,14 @@ class LightConvMixer(Mixer):
         there, back = planned_halo(context, "before", self.taps - 1, self.size * dtype.itemsize)
         return there + back
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: ConvState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: ConvState | None = None
     ) -> tuple[Tensor, ConvState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("a convolution takes no memory; use a mixer with cross-attention")
         x_BTD = nn.functional.glu(self.in_proj(x_BTD))
         kernel = self._kernel(x_BTD)
         if self.taps == 1:

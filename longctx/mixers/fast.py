@@ -13,14 +13,13 @@ The paper's own gradient formulas are replaced by making the features again in t
 Shapes: B batch, T local tokens, D model, H heads, E head dim, P features.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear
 from longctx.mixers.ops.polynomial import (
@@ -90,16 +89,14 @@ class FastMixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return planned_polynomial_attention(context, self.heads, self.head_dim, self.head_dim, self.p, wide)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: FastState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: FastState | None = None
     ) -> tuple[Tensor, FastState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("FAST attention takes no memory; use a mixer with cross-attention")
         q, k, v = (by_head(p(x_BTD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos_sin = self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
         q, k = (self.rope.rotate(normalised(t, self.eps), cos_sin) for t in (q, k))

@@ -9,14 +9,13 @@ Shapes: B batch, T local tokens, D model, H heads, E key size, F value size, K t
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Learned, Linear, RMSNorm
 from longctx.mixers.ops.delta import delta_rule, planned_delta_rule
@@ -85,16 +84,14 @@ class GatedDeltaMixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return there + planned_delta_rule(context, self.heads, self.key, self.value, wide) + back
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: GatedDeltaState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: GatedDeltaState | None = None
     ) -> tuple[Tensor, GatedDeltaState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("gated_delta takes no memory; use a mixer with cross-attention")
         last_BKQ, S_BHFE = (None, None) if state is None else state
         qkv_BTQ, last_BKQ = self._convolved(self.qkv_proj(x_BTD), context, last_BKQ)
         q, k, v = self._by_head(qkv_BTQ)

@@ -7,14 +7,13 @@ With ``gate: key`` the gate is one per key channel: gated linear attention (Yang
 Shapes: B batch, T local tokens, D model, H heads, E head dim.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear
 from longctx.mixers.ops.linear import linear_attention, planned_linear_attention
@@ -80,16 +79,14 @@ class GatedRetentionMixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return planned_linear_attention(context, self.heads, self.head_dim, self.head_dim, wide, self.diagonal)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: RetentionState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: RetentionState | None = None
     ) -> tuple[Tensor, RetentionState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("gated retention takes no memory; use a mixer with cross-attention")
         q, k, v = (by_head(p(x_BTD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos_sin = self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
         q, k = self.rope.rotate(q, cos_sin), self.rope.rotate(k, cos_sin) * self.head_dim**-0.5

@@ -14,7 +14,7 @@ not keep the product of rotated vectors; order is seen through causality and thr
 Shapes: B batch, T local tokens, D model, H heads, E head dim, N blocks, C tokens per block.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -95,16 +95,14 @@ class LLNMixer(Mixer):
         there, back = planned_halo(context, "before", self.block, 2 * self.heads * E * dtype.itemsize)
         return there + sums + back
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: LLNState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: LLNState | None = None
     ) -> tuple[Tensor, LLNState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("linear log-normal attention takes no memory; use a mixer with cross-attention")
         q, k, v = (by_head(p(x_BTD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         before = self.empty_state(len(x_BTD), x_BTD) if state is None else state
         near, last = None, before.last_BCHE

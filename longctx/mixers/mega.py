@@ -16,7 +16,7 @@ Shapes: B batch, T local tokens, S past and new tokens, D model, N recurrences, 
 """
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -139,17 +139,15 @@ class MegaMixer(Mixer):
             there, back = planned_passes(context, Call(self.parts, self.parts, self.key_size, dtype))
         return scan[: len(scan) // 2] + there + back + scan[len(scan) // 2 :]
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: MegaState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: MegaState | None = None
     ) -> tuple[Tensor, MegaState | None]:
         """See :class:`Mixer`.
 
         Raises:
-            UnsupportedError: a memory is given, or the cached keys belong to another rotary table than this length.
+            UnsupportedError: the cached keys belong to another rotary table than this length.
             ValueError: the state does not hold the past of the context.
         """
-        if memory is not None:
-            raise UnsupportedError("Mega takes no memory; use a mixer with cross-attention")
         self._check_state(state, context)
         m_BTD, average = self.average(x_BTD, context, None if state is None else state.ema_BDN)
         mixed_BTV, rows = self._attend(x_BTD, m_BTD, context, None if state is None else state.rows_BSGZ)

@@ -16,14 +16,13 @@ Shapes: B batch, T local tokens, D model, H heads, E head dim.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Learned, Linear
 from longctx.mixers.ops.delta import delta_rule, planned_delta_rule
@@ -66,7 +65,7 @@ class RWKV7Mixer(Mixer):
         self.heads, self.head_dim, self.size = config.num_heads, config.head_size, config.hidden_size
         self.chunk, inner = options.chunk, config.num_heads * config.head_size
         start = _Start(config, layer)
-        self.mix = nn.ModuleDict({name: Learned((self.size,), start.mix(power)) for name, power in MIXES.items()})
+        self.shifts = nn.ModuleDict({name: Learned((self.size,), start.mix(power)) for name, power in MIXES.items()})
         self.r_proj = Linear(self.size, inner, bias=False)
         self.k_proj = Linear(self.size, inner, bias=False)
         self.v_proj = Linear(self.size, inner, bias=False)
@@ -98,19 +97,17 @@ class RWKV7Mixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return there + planned_delta_rule(context, self.heads, self.head_dim, self.head_dim, wide) + back
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: RWKV7State | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: RWKV7State | None = None
     ) -> tuple[Tensor, RWKV7State | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("rwkv7 takes no memory; use a mixer with cross-attention")
         before, last = halo_before(x_BTD, context, 1, None if state is None else state.last_B1D)
         change = shifted(x_BTD, before, context, 1) - x_BTD
-        x = {name: x_BTD + change * mu() for name, mu in self.mix.items()}
+        x = {name: x_BTD + change * mu() for name, mu in self.shifts.items()}
         r, log_w, k, v, kappa, a = self._operands(x)
         before_BHEE = None if state is None else state.S_BHEE
         y, after_BHEE = delta_rule(r, log_w, k, v, kappa, a, context, before_BHEE, self.chunk)

@@ -3,7 +3,7 @@
 Shapes: B batch, T local tokens, S past and new tokens, D model, H query heads, K kv heads, E head dim.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,16 +85,14 @@ class SoftmaxMixer(Mixer):
         call = Call(self.heads, self.kv_heads, self.head_dim, dtype, causal=True, window=self.window)
         return planned_traffic(context, call)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: KVState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: KVState | None = None
     ) -> tuple[Tensor, KVState | None]:
         """See :class:`Mixer`.
 
         Raises:
-            UnsupportedError: a memory is given, or the cached keys belong to another rotary table than this length.
+            UnsupportedError: the cached keys belong to another rotary table than this length.
         """
-        if memory is not None:
-            raise UnsupportedError("softmax attention takes no memory; use a mixer with cross-attention")
         q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD, context)
         if state is None:
             if context.past:

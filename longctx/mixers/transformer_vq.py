@@ -14,7 +14,7 @@ does it add the paper's commitment loss, ``1e-4`` times the mean of :func:`commi
 Shapes: B batch, T local tokens, D model, H heads, E head dim, K codes, W rows of two blocks, C tokens per block.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -90,16 +90,14 @@ class TransformerVQMixer(Mixer):
         E, wide = self.head_dim, torch.promote_types(dtype, torch.float32).itemsize
         return planned_quantised_attention(context, self.heads, self.codes, E, E, self.block, wide)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: QuantisedState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: QuantisedState | None = None
     ) -> tuple[Tensor, QuantisedState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("Transformer-VQ takes no memory; use a mixer with cross-attention")
         q, k, v = self.project(x_BTD)
         codebook_HKE = self.codes_of_heads()
         if self.ema:

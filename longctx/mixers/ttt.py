@@ -12,14 +12,13 @@ convolution before q and k of the paper's Mamba backbone is not part of it.
 Shapes: B batch, T local tokens, D model, H heads, E head dim, F = E + 1.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import LayerNorm, Learned, Linear
 from longctx.mixers.ops.shapes import by_head
@@ -85,16 +84,14 @@ class TTTMixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return planned_ttt_linear(context, self.heads, self.head_dim, self.pieces or context.degree, wide)
 
-    def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: TTTState | None = None, memory: Any = None
+    def mix(
+        self, x_BTD: Tensor, context: SequenceContext, state: TTTState | None = None
     ) -> tuple[Tensor, TTTState | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: a memory is given.
         """
-        if memory is not None:
-            raise UnsupportedError("TTT takes no memory; use a mixer with cross-attention")
         q, k, v = (by_head(p(x_BTD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         # Positions never reach the mini-batch's length, so no rotary table depends on that of the sequence.
         places = context.positions(x_BTD.device) % self.chunk

@@ -47,6 +47,12 @@ def test_a_runnable_config_has_no_problem(tmp_path: Path) -> None:
             "model.recurrence={kind: rmt, segment: 8, keys: 3}",
             "model.recurrence.keys: has no effect: kind rmt has no keys; of use to armt",
         ),
+        (
+            "model={mixer: conv, qk_norm: true}",
+            "model.qk_norm: has no effect: no layer is one of the mixers that read it: softmax",
+        ),
+        ("model={mixer: rwkv7, num_kv_heads: 1}", "model.num_kv_heads: has no effect: no layer is one of the mixers"),
+        ("model={layers: [lln, conv], rope: {rope_theta: 5}}", "model.rope: has no effect: no layer is one of"),
         ("model={layers: [conv, softmx]}", "model.layers: 'softmx' is unknown; choices: softmax"),
         ("model.mixer=softmx", "model.mixer: 'softmx' is unknown; choices: softmax"),
         ("sequence={length: 2, degree: 3}", "sequence.length: 2 tokens cannot be cut over 3 ranks"),

@@ -27,6 +27,8 @@ from pool import Pool
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from longctx.config.mixers import READERS
+from longctx.config.schema import Model
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.mixers import MIXERS, Mixer
 from longctx.mixers.softmax import SoftmaxMixer
@@ -240,3 +242,17 @@ def test_every_mixer_declares_itself() -> None:
         assert mixer.layouts, name
         assert mixer.layouts <= set(LAYOUTS), name
         assert mixer.collectives <= {"ring", "transpose", "gather", "scan", "handoff", "halo", "reduce"}, name
+
+
+def test_the_keys_said_to_be_read_are_those_that_are() -> None:
+    """Rotary embeddings, kv heads, biases and norms: what a mixer has of them follows what the registry says."""
+    for name in MIXERS:
+        reads = {key for key in READERS if name in READERS[key]}
+        problem = Problem(name, {}, 5, ((0,),), 0)
+        plain, changed = problem.config, dict(problem.config.model_dump(exclude_none=True))
+        changed |= {"qkv_bias": True, "o_bias": True, "qk_norm": True, "num_kv_heads": 2}
+        shapes = [
+            {n: p.shape for n, p in CausalLM(c).layers[0].mixer.named_parameters()} for c in (plain, Model(**changed))
+        ]
+        assert (shapes[0] != shapes[1]) == ("num_kv_heads" in reads), name
+        assert hasattr(problem.layer().mixer, "rope") == ("rope" in reads), name

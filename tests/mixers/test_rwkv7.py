@@ -112,7 +112,7 @@ def test_without_removal_its_state_is_that_of_linear_attention(seed: int) -> Non
     x = inputs(10, seed)
     _, state = mixer(x, context, mixer.empty_state(2, x))
     before = functional.pad(x[:, :-1], (0, 0, 1, 0))
-    mixed = {name: x + mu() * (before - x) for name, mu in mixer.mix.items()}
+    mixed = {name: x + mu() * (before - x) for name, mu in mixer.shifts.items()}
     k, v = (p(mixed[m]).unflatten(2, (3, 4)) for m, p in (("k", mixer.k_proj), ("v", mixer.v_proj)))
     k = k * (1 - mixer.replaced()).view(3, 4)
     log_w = -0.6065306597126334 * torch.sigmoid(mixer.decay_offset() + mixer.decay_proj(mixed["w"]))
@@ -132,10 +132,10 @@ def test_it_starts_as_the_authors_do() -> None:
         assert w0[0] == pytest.approx(-8, abs=1e-5) and w0[-1] == pytest.approx(3, abs=1e-5)
         assert w0.view(12, 64)[6, :].mean() == pytest.approx(middle, abs=0.005)
         assert (w0.view(12, 64).diff(dim=1) > 0).all()
-        mu = mixer.mix["k"].weight
+        mu = mixer.shifts["k"].weight
         assert mu[0] == 1 and (mu.diff() <= 0).all() and mu[-1] < 1e-3
-    assert first.mix["w"].weight[384] == pytest.approx(1 - 0.5**0.9, abs=1e-6)
-    assert last.mix["w"].weight[384] == pytest.approx(1 - 0.5**0.075, abs=1e-6)
+    assert first.shifts["w"].weight[384] == pytest.approx(1 - 0.5**0.9, abs=1e-6)
+    assert last.shifts["w"].weight[384] == pytest.approx(1 - 0.5**0.075, abs=1e-6)
     assert last.norm_scale.weight.unique() == 1
     assert first.norm_scale.weight.unique() == pytest.approx(12**-0.7, rel=1e-6)
     assert (first.replaced.weight.unique().item(), first.bonus.weight.unique().item()) == pytest.approx((1.02, -0.04))
