@@ -236,11 +236,15 @@ def _memory(module: nn.Module) -> AssociativeMemory:
 def _remembering(segment: Segment, like: Tensor) -> Tensor:
     """Which rows belong to the document that the memory is of, [B, T, 1]."""
     context = segment.context
-    index_T = torch.from_numpy(context.layout.indices(context.rank))
-    ends = [
-        0 if new else (*own, context.length)[1] for new, own in zip(segment.fresh_read, context.documents, strict=True)
-    ]
-    return (index_T < torch.tensor(ends)[:, None]).to(like)[..., None]
+
+    def find() -> Tensor:
+        index_T = torch.from_numpy(context.layout.indices(context.rank))
+        starts = zip(segment.fresh_read, context.documents, strict=True)
+        ends = [0 if new else (*own, context.length)[1] for new, own in starts]
+        return (index_T < torch.tensor(ends)[:, None]).to(like)[..., None]
+
+    mask_BT1: Tensor = context.once(("remembering", like.device, like.dtype), find)
+    return mask_BT1
 
 
 def _forgotten(memory: Associations, segment: Segment) -> Associations:

@@ -3,7 +3,7 @@
 Legend: B batch, T local tokens, N chunks, C tokens per chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.tables import Tables
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,6 +33,7 @@ class Chunks:
     runs: tuple[tuple[int, int], ...]
     documents_BNC: Ints
     previous_BN: Ints
+    tables: Tables = field(default_factory=Tables, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -58,30 +60,34 @@ class Chunks:
 
     def together(self, device: torch.device) -> Tensor:
         """Whether token i may see token j: both of one document, j not after i; bool [B, N, C, C]."""
-        documents = torch.from_numpy(self.documents_BNC).to(device)
-        return (documents.unsqueeze(-1) == documents.unsqueeze(-2)).tril()
+        documents = self.documents_BNC
+        return self.tables.on(device, "together", lambda: np.tril(documents[..., :, None] == documents[..., None, :]))
 
     def reached(self, device: torch.device) -> Tensor:
         """Whether the state that enters the chunk reaches the token, bool [B, N, C]."""
-        return torch.from_numpy(self.documents_BNC == self.previous_BN[..., None]).to(device)
+        return self.tables.on(device, "reached", lambda: self.documents_BNC == self.previous_BN[..., None])
 
     def lasting(self, device: torch.device) -> Tensor:
         """Whether the token is of the document that the chunk ends with, bool [B, N, C]."""
-        return torch.from_numpy(self.documents_BNC == self.documents_BNC[..., -1:]).to(device)
+        return self.tables.on(device, "lasting", lambda: self.documents_BNC == self.documents_BNC[..., -1:])
 
     def passed(self, device: torch.device) -> Tensor:
         """Whether the state that enters the chunk leaves it, bool [B, N]."""
-        return torch.from_numpy(self.documents_BNC[..., -1] == self.previous_BN).to(device)
+        return self.tables.on(device, "passed", lambda: self.documents_BNC[..., -1] == self.previous_BN)
+
+    def padded(self, device: torch.device) -> Tensor:
+        """Which places hold no token, bool [N, C]."""
+        return self.tables.on(device, "padded", lambda: self.places_NC == self.tokens)
 
     @cached_property
     def _whole(self) -> bool:
         return self.count * self.size == self.tokens
 
     def _places(self, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.places_NC.reshape(-1)).to(device)
+        return self.tables.on(device, "places", lambda: self.places_NC.reshape(-1))
 
     def _back(self, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(self.places_NC.reshape(-1) < self.tokens)).to(device)
+        return self.tables.on(device, "back", lambda: np.flatnonzero(self.places_NC.reshape(-1) < self.tokens))
 
 
 def chunks_of(context: SequenceContext, size: int, delay: int = 0) -> Chunks:

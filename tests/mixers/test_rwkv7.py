@@ -58,7 +58,7 @@ def by_equations(mixer: RWKV7Mixer, x_BSD: Tensor, context: SequenceContext, eps
 
 def _step(p: dict[str, Tensor], x: Tensor, before: Tensor, S: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     H, E = S.shape[:2]
-    mixed = {m: x + p[f"mix.{m}.weight"] * (before - x) for m in "rwkvag"}
+    mixed = {m: x + p[f"shifts.{m}.weight"] * (before - x) for m in "rwkvag"}
     r, k, v = (p[f"{m}_proj.weight"] @ mixed[m] for m in "rkv")
     decay = p["decay_proj.2.weight"] @ torch.tanh(p["decay_proj.0.weight"] @ mixed["w"])
     w = torch.exp(-torch.exp(torch.tensor(-0.5).double()) / (1 + torch.exp(-(p["decay_offset.weight"] + decay))))

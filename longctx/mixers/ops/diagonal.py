@@ -72,7 +72,7 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 def _marks(chunks: Chunks, context: SequenceContext, x_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Where a document starts [B, N, C, 1...], and which places are padding [1, N, C, 1...]."""
     starts_BNC = chunks.split(context.positions(x_BT.device) == 0)
-    padded_NC = torch.from_numpy(chunks.places_NC == chunks.tokens).to(x_BT.device)
+    padded_NC = chunks.padded(x_BT.device)
     states = [1] * (x_BT.dim() - 2)
     return starts_BNC.view(*starts_BNC.shape, *states), padded_NC.view(1, *padded_NC.shape, *states)
 

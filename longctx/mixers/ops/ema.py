@@ -85,7 +85,7 @@ def _passing(powers_CDE: Tensor, chunks: Chunks, addition: Tensor) -> Tensor:
 
 def _lengths(chunks: Chunks, device: torch.device) -> Tensor:
     """Real tokens of every chunk."""
-    return torch.from_numpy((chunks.places_NC < chunks.tokens).sum(1)).to(device)
+    return chunks.tables.on(device, "lengths", lambda: (chunks.places_NC < chunks.tokens).sum(1))
 
 
 class _Taps(torch.autograd.Function):

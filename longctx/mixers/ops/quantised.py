@@ -115,7 +115,7 @@ def _parts(rows: Tensor, value: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _counted(value: Tensor, code: Tensor, codes: int, lagging: Chunks) -> Tensor:
     """What the tokens that leave the window add to the cache, [B, N, H, K, F + 1]."""
-    real = torch.from_numpy((lagging.places_NC < lagging.tokens) & (lagging.documents_BNC >= 0)).to(value.device)
+    real = ~lagging.padded(value.device) & lagging.tables.on(value.device, "begun", lambda: lagging.documents_BNC >= 0)
     counts = (real & lagging.lasting(value.device))[:, :, None, :, None].to(value.dtype)
     ones = torch.cat((value, torch.ones_like(value[..., :1])), dim=-1) * counts
     empty = value.new_zeros(*value.shape[:3], codes, ones.shape[-1])

@@ -14,7 +14,7 @@ Legend: B batch, T local tokens, S global tokens, H heads, E head dim, F = E + 1
 mini-batches, C tokens per mini-batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from longctx.errors import UnsupportedError
 from longctx.sequence.collectives.handoff import Operands, handoff, planned_handoff
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.tables import Tables
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -216,13 +217,14 @@ class MiniBatches:
     ends_BN: Bools
     runs: tuple[tuple[int, int], ...]
     plain: tuple[Bools, ...]
+    _tables: Tables = field(default_factory=Tables, init=False, repr=False)
 
     def split(self, x_BTHE: Tensor) -> Tensor:
         """[B, T, H, E] as [L, N, C, E], zeros where there is no token."""
         batch, _, heads, size = x_BTHE.shape
         padded = torch.cat((x_BTHE, x_BTHE.new_zeros(batch, 1, heads, size)), dim=1)
         first = np.arange(batch).reshape(-1, 1, 1) * (self.tokens + 1)
-        index = torch.from_numpy((first + self.places_BNC).reshape(-1)).to(x_BTHE.device)
+        index = self._tables.on(x_BTHE.device, "split", lambda: (first + self.places_BNC).reshape(-1))
         rows = padded.flatten(0, 1).index_select(0, index).view(*self.places_BNC.shape, heads, size)
         return rows.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
@@ -230,15 +232,18 @@ class MiniBatches:
         """[L, N, C, E] as [B, T, H, E]."""
         batch = len(self.places_BNC)
         rows = x_LNCE.view(batch, heads, *x_LNCE.shape[1:]).permute(0, 2, 3, 1, 4).flatten(0, 2)
-        index = torch.from_numpy(np.flatnonzero(self.places_BNC.reshape(-1) < self.tokens)).to(x_LNCE.device)
+        held = self.places_BNC < self.tokens
+        index = self._tables.on(x_LNCE.device, "join", lambda: np.flatnonzero(held.reshape(-1)))
         # Ascending places: within a row, parts and their tokens are in local order.
         return rows.index_select(0, index).view(batch, self.tokens, heads, x_LNCE.shape[-1])
 
     def tables(self, scale_C: Tensor, heads: int) -> tuple[Tensor, ...]:
         """Per lane: 1 for tokens [L, N, C, 1], their t [L, N, C], starts and ends as 1 and t at the ends [L, N, 1]."""
-        tables = [(self.places_BNC < self.tokens)[..., None], self.starts_BN[..., None], self.ends_BN[..., None]]
-        used, starts, ends = (torch.from_numpy(t).to(scale_C) for t in tables)
-        scale = scale_C[torch.from_numpy(self.positions_BNC).to(scale_C.device)]
+        device = scale_C.device
+        used = self._tables.on(device, "used", lambda: (self.places_BNC < self.tokens)[..., None]).to(scale_C)
+        starts = self._tables.on(device, "starts", lambda: self.starts_BN[..., None]).to(scale_C)
+        ends = self._tables.on(device, "ends", lambda: self.ends_BN[..., None]).to(scale_C)
+        scale = scale_C[self._tables.on(device, "positions", lambda: self.positions_BNC)]
         return tuple(t.repeat_interleave(heads, dim=0) for t in (used, scale, starts, ends, ends * scale_C[-1]))
 
 

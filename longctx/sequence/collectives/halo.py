@@ -7,7 +7,7 @@ Legend: B batch, T local tokens, R runs of this rank, W rows of a halo.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from longctx.sequence.collectives.ledger import Direction, Ledger, Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.kept import run_once
 from longctx.sequence.layout import Layout
+from longctx.sequence.tables import Tables
 
 Ints = npt.NDArray[np.int64]
 
@@ -85,6 +86,11 @@ class _Plan:
     past: tuple[Ints, Ints]  # places, rows of the past
     receive: tuple[tuple[int, Ints], ...]  # peer, places
     send: tuple[tuple[int, Ints], ...]  # peer, local rows
+    _tables: Tables = field(default_factory=Tables, init=False, repr=False, compare=False)
+
+    def on(self, index: Ints, like: Tensor) -> Tensor:
+        """One of the indices above, on a device."""
+        return self._tables.on(like.device, id(index), lambda: index)
 
 
 def _plan(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
@@ -155,28 +161,23 @@ def _fetch(plan: _Plan, x_BT: Tensor, past_BW: Tensor | None, context: SequenceC
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BT: Tensor, past_BW: Tensor, plan: _Plan, group: Group, ledger: Ledger | None) -> Tensor:
-        ctx.plan, ctx.group, ctx.ledger, ctx.tokens, ctx.past_rows = (
-            plan,
-            group,
-            ledger,
-            x_BT.shape[1],
-            past_BW.shape[1],
-        )
+        ctx.plan, ctx.group, ctx.ledger = plan, group, ledger
+        ctx.tokens, ctx.past_rows = x_BT.shape[1], past_BW.shape[1]
         rows = x_BT.new_zeros(x_BT.shape[0], plan.spans * plan.width, *x_BT.shape[2:])
         arriving = [(p, places, _like(x_BT, len(places))) for p, places in plan.receive]
-        leaving = [(p, x_BT.index_select(1, _on(local, x_BT))) for p, local in plan.send]
+        leaving = [(p, x_BT.index_select(1, plan.on(local, x_BT))) for p, local in plan.send]
         _exchange(leaving, [(p, t) for p, _, t in arriving], group, group.handle, "halo", ledger)
         for places, source, local in ((plan.own[0], x_BT, plan.own[1]), (plan.past[0], past_BW, plan.past[1])):
-            rows.index_copy_(1, _on(places, rows), source.index_select(1, _on(local, rows)))
+            rows.index_copy_(1, plan.on(places, rows), source.index_select(1, plan.on(local, rows)))
         for _, places, part in arriving:
-            rows.index_copy_(1, _on(places, rows), part)
+            rows.index_copy_(1, plan.on(places, rows), part)
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         plan: _Plan = ctx.plan
-        leaving = [(p, gradient.index_select(1, _on(places, gradient))) for p, places in plan.receive]
+        leaving = [(p, gradient.index_select(1, plan.on(places, gradient))) for p, places in plan.receive]
         arriving = [(p, local, _like(gradient, len(local))) for p, local in plan.send]
         back = [(p, t) for p, _, t in arriving]
         _exchange(leaving, back, ctx.group, ctx.group.returning, "halo-return", ctx.ledger)
@@ -184,9 +185,9 @@ class _Fetch(torch.autograd.Function):
         dx = _like(gradient, ctx.tokens, wide).zero_()
         dpast = _like(gradient, ctx.past_rows, wide).zero_()
         for total, places, local in ((dx, *plan.own), (dpast, *plan.past)):
-            total.index_add_(1, _on(local, gradient), gradient.index_select(1, _on(places, gradient)).to(wide))
+            total.index_add_(1, plan.on(local, gradient), gradient.index_select(1, plan.on(places, gradient)).to(wide))
         for _, local, part in arriving:
-            dx.index_add_(1, _on(local, gradient), part.to(wide))
+            dx.index_add_(1, plan.on(local, gradient), part.to(wide))
         return dx.to(gradient.dtype), dpast.to(gradient.dtype), None, None, None
 
 
@@ -216,7 +217,3 @@ def _transfers(plan: _Plan, group: Group, kind: str, size: int, back: bool = Fal
 
 def _like(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape[0], rows, *x.shape[2:], dtype=dtype)
-
-
-def _on(index: Ints, like: Tensor) -> Tensor:
-    return torch.from_numpy(index).to(like.device)
