@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from longctx.data.tokenizer import Tokenizer
     from longctx.model.attached import AttachedCausalLM
     from longctx.model.decoder import CausalLM
-    from longctx.recurrence import Recurrent
+    from longctx.recurrence import SegmentedDecoder
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -57,7 +57,7 @@ def read_model_config(checkpoint: Path) -> Model:
 
 def open_model(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> "tuple[CausalLM | AttachedCausalLM | Recurrent, Model, Tokenizer]":
+) -> "tuple[CausalLM | AttachedCausalLM | SegmentedDecoder, Model, Tokenizer]":
     """Load a model in evaluation mode with its tokenizer.
 
     Args:
@@ -74,7 +74,7 @@ def open_model(
 
     path = Path(path)
     checkpoint = checkpoint_of(path)
-    model: CausalLM | AttachedCausalLM | Recurrent
+    model: CausalLM | AttachedCausalLM | SegmentedDecoder
     if checkpoint is not None:
         config = read_model_config(checkpoint)
         if config.hf_config is not None:

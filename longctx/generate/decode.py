@@ -28,8 +28,10 @@ class LanguageModel(Protocol):
     def config(self) -> Model:
         """The model section."""
 
-    def __call__(self, tokens_BT: Tensor, context: SequenceContext, *, state: Any = None) -> Any:
-        """An object with ``hidden_BTD`` and ``state`` (None unless a state was given)."""
+    def __call__(
+        self, tokens_BT: Tensor, context: SequenceContext, *, state: Any = None, last_only: bool = False
+    ) -> Any:
+        """An object with ``hidden_BTD`` (of the last token, or of all) and ``state`` (None unless one was given)."""
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V]."""
@@ -50,18 +52,23 @@ class Decoded(NamedTuple):
 
 
 @torch.no_grad()
-def advance(model: LanguageModel, new_BT: Tensor, before: Decoded | None = None) -> tuple[Tensor, Decoded]:
-    """Run the tokens that follow ``before`` (None: the first ones); their hidden states [B, T, D], and all so far."""
+def advance(
+    model: LanguageModel, new_BT: Tensor, before: Decoded | None = None, *, last_only: bool = False
+) -> tuple[Tensor, Decoded]:
+    """Run the tokens that follow ``before`` (None: the first ones); their hidden states [B, T, D], and all so far.
+
+    With ``last_only`` only the last one's [B, 1, D], which lets the others leave some decoders early (YOCO).
+    """
     batch, new = new_BT.shape
     tokens_BS = new_BT if before is None else torch.cat((before.tokens_BS, new_BT), dim=1)
     length = tokens_BS.shape[1]
     if before is not None and model.state_survives(length - new, length):
         context = before.context.extend(new)
-        output = model(new_BT, context, state=before.state)
+        output = model(new_BT, context, state=before.state, last_only=last_only)
     else:
         # First tokens, or a rotary type whose earlier states are no longer valid at this length: run all of them.
         context = SequenceContext.single(batch, length)
-        output = model(tokens_BS, context, state=model.empty_state(batch))
+        output = model(tokens_BS, context, state=model.empty_state(batch), last_only=last_only)
     return output.hidden_BTD[:, -new:], Decoded(tokens_BS, context, output.state)
 
 
@@ -120,8 +127,8 @@ def decode_ids(
     done = None
     chosen = torch.tensor(prompts, dtype=torch.int64, device=device)
     for _ in range(max_tokens):
-        hidden_BTD, done = advance(model, chosen, done)
-        logits_BV = model.logits(hidden_BTD[:, -1:])[:, 0]
+        hidden_B1D, done = advance(model, chosen, done, last_only=True)
+        logits_BV = model.logits(hidden_B1D)[:, 0]
         row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]
         yield row
         chosen = torch.tensor(row, dtype=torch.int64, device=device)[:, None]

@@ -45,10 +45,11 @@ class AttachedCausalLM(nn.Module):
 
     def forward(
         self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
-        state: Sequence[Any] | None = None, loss_chunk: int = 1024,
+        state: Sequence[Any] | None = None, loss_chunk: int = 1024, last_only: bool = False,
     ) -> Output:  # fmt: skip
         """As :meth:`longctx.model.decoder.CausalLM.forward`; the state is empty, so decoding runs all tokens again."""
         hidden_BTD = self.hf.base_model(tokens_BT, longctx=context).last_hidden_state
+        hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, None if state is None else ())
 

@@ -3,13 +3,15 @@
 from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM, draw_weights
 from longctx.recurrence.armt import AssociativeRecurrentMemory
+from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.memory import RecurrentMemory
 
-Recurrent = RecurrentMemory | AssociativeRecurrentMemory
+KINDS: dict[str, type[SegmentedDecoder]] = {"rmt": RecurrentMemory, "armt": AssociativeRecurrentMemory}
+
 Decoder = CausalLM | AttachedCausalLM
 
 
-def with_recurrence(decoder: Decoder, seed: int | None = 0) -> Decoder | Recurrent:
+def with_recurrence(decoder: Decoder, seed: int | None = 0) -> Decoder | SegmentedDecoder:
     """The decoder behind the recurrence that its config asks for, or itself.
 
     Args:
@@ -21,14 +23,10 @@ def with_recurrence(decoder: Decoder, seed: int | None = 0) -> Decoder | Recurre
     recurrence = decoder.config.recurrence
     if recurrence is None:
         return decoder
-    model: Recurrent
-    if recurrence.kind == "rmt":
-        model = RecurrentMemory(decoder, recurrence)
-    else:
-        model = AssociativeRecurrentMemory(decoder, recurrence)
+    model = KINDS[recurrence.kind](decoder, recurrence)
     if seed is not None:
         draw_weights(model, decoder.config.init_std, seed, leave="decoder.")
     return model
 
 
-__all__ = ["AssociativeRecurrentMemory", "Recurrent", "RecurrentMemory", "with_recurrence"]
+__all__ = ["AssociativeRecurrentMemory", "RecurrentMemory", "SegmentedDecoder", "with_recurrence"]

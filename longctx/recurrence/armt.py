@@ -12,7 +12,7 @@ over all ranks; the message per segment and layer is m x D numbers, from the ran
 Shapes: B batch, T local tokens, m memory tokens, D model, E key size, F = 6 E features.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from longctx.config.schema import Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
-from longctx.model.decoder import CausalLM, Output
-from longctx.model.head import OutputHead
+from longctx.model.decoder import CausalLM
+from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.segments import Segment, segments_of
 from longctx.sequence.collectives.summaries import share, tie
 from longctx.sequence.context import SequenceContext
@@ -97,65 +97,37 @@ class _ZeroLinear(nn.Module):
         return nn.functional.linear(x, self.weights())
 
 
-class AssociativeRecurrentMemory(nn.Module):
-    """A native decoder whose layers have associative memories, with the interface of a decoder.
-
-    Gradients cross at most ``recurrence.bptt`` segment boundaries (None: all of them).
+class AssociativeRecurrentMemory(SegmentedDecoder):
+    """Around a native decoder, whose layers get associative memories; ``recurrence.kind`` is armt.
 
     Raises:
         ConfigError: the decoder is not native: others have no place between their layers.
     """
 
+    State: ClassVar[type] = AssociativeState
+    decoder: CausalLM
+
     def __init__(self, decoder: Any, recurrence: Recurrence) -> None:
-        super().__init__()
         if not isinstance(decoder, CausalLM):
             raise ConfigError(
                 f"recurrence.kind = armt works between the layers of a native decoder, not of a "
                 f"{decoder.config.architecture}; use kind rmt"
             )
-        self.decoder, self.recurrence, self.config = decoder, recurrence, decoder.config
-        width, std = decoder.config.hidden_size, decoder.config.init_std
-        shape = (recurrence.memory, width)
-        self.memory = Learned(shape, lambda generator: torch.randn(shape, generator=generator) * std)
+        super().__init__(decoder, recurrence)
+        width = decoder.config.hidden_size
         self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or 64) for _ in decoder.layers)
-
-    @property
-    def head(self) -> OutputHead:
-        """The decoder's."""
-        return self.decoder.head
-
-    def forward(
-        self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
-        state: AssociativeState | None = None, loss_chunk: int = 1024,
-    ) -> Output:  # fmt: skip
-        """As :meth:`longctx.model.decoder.CausalLM.forward`; the context's layout comes segment by segment."""
-        x_BTD = self.decoder.embed_tokens(tokens_BT)
-        if state is not None:
-            hidden_BTD, state = self._decode(x_BTD, context, state)
-        else:
-            hidden_BTD = self._train(x_BTD, context)
-        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] of hidden states."""
-        return self.decoder.logits(hidden_BTD)
 
     def empty_state(self, batch: int) -> AssociativeState:
         """Nothing remembered, no token seen."""
         like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
         return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
 
-    def state_survives(self, past: int, length: int) -> bool:
-        """What counts is how far positions reach inside a segment."""
-        return self.decoder.state_survives(1, self.recurrence.segment + self.recurrence.memory)
-
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         segments = segments_of(context, self.recurrence.segment, 0, self.recurrence.memory)
         carried: list[Associations | None] = [None] * len(self.layers)
-        first_BMD, crossed, outputs = self._first(len(x_BTD)), self.recurrence.bptt, []
+        first_BMD, outputs = self._first(len(x_BTD)), []
         for number, segment in enumerate(segments):
-            if crossed is not None and number % (crossed + 1) == 0:
+            if self._cuts(number):
                 carried = [None if m is None else Associations(*(t.detach() for t in m)) for m in carried]
             h_BTD = torch.cat((x_BTD[:, segment.rows], first_BMD[:, : segment.behind]), dim=1)
             last, offered = number + 1 == len(segments), None
@@ -188,7 +160,6 @@ class AssociativeRecurrentMemory(nn.Module):
     def _decode(
         self, x_BTD: Tensor, context: SequenceContext, state: AssociativeState
     ) -> tuple[Tensor, AssociativeState]:
-        """Tokens that follow ``context.past`` ones, on one rank: the memory tokens run when a segment is full."""
         length, outputs, position = self.recurrence.segment, [], context.past
         while x_BTD.shape[1]:
             start = position % length
@@ -222,10 +193,6 @@ class AssociativeRecurrentMemory(nn.Module):
             states.append(layer_state)
             rows.append(h_BTD)
         return h_BTD, tuple(states), rows
-
-    def _first(self, batch: int) -> Tensor:
-        memory_MD: Tensor = self.memory()
-        return memory_MD.expand(batch, *memory_MD.shape)
 
 
 def _memory(module: nn.Module) -> AssociativeMemory:

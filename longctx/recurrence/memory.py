@@ -9,16 +9,13 @@ Shapes: B batch, T local tokens, m memory tokens, D model.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longctx.config.schema import Recurrence
-from longctx.mixers.layers import Learned
 from longctx.model.attached import AttachedCausalLM
-from longctx.model.decoder import CausalLM, Output
-from longctx.model.head import OutputHead
+from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.segments import segments_of
 from longctx.sequence.collectives.summaries import share, tie
 from longctx.sequence.context import SequenceContext
@@ -31,47 +28,10 @@ class MemoryState(NamedTuple):
     inner: Any
 
 
-class RecurrentMemory(nn.Module):
-    """A decoder behind memory tokens, with the interface of a decoder.
+class RecurrentMemory(SegmentedDecoder):
+    """Around a native or an attached decoder; ``recurrence.kind`` is rmt."""
 
-    Gradients cross at most ``recurrence.bptt`` segment boundaries (None: all of them).
-
-    Args:
-        decoder: native or attached; its weights are trained, too.
-        recurrence: with ``kind`` rmt.
-    """
-
-    def __init__(self, decoder: CausalLM | AttachedCausalLM, recurrence: Recurrence) -> None:
-        super().__init__()
-        self.decoder, self.recurrence, self.config = decoder, recurrence, decoder.config
-        shape = (recurrence.memory, decoder.head.weight.shape[1])
-        std = decoder.config.init_std
-        self.memory = Learned(shape, lambda generator: torch.randn(shape, generator=generator) * std)
-
-    @property
-    def head(self) -> OutputHead:
-        """The decoder's."""
-        return self.decoder.head
-
-    def forward(
-        self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
-        state: Any = None, loss_chunk: int = 1024,
-    ) -> Output:  # fmt: skip
-        """As :meth:`longctx.model.decoder.CausalLM.forward`; the context's layout comes segment by segment.
-
-        A document that starts inside a segment reads and hands on nothing of the memory before it.
-        """
-        x_BTD = self.decoder.embed_tokens(tokens_BT)
-        if isinstance(state, MemoryState):
-            hidden_BTD, state = self._decode(x_BTD, context, state)
-        else:
-            hidden_BTD = self._train(x_BTD, context)
-        loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] of hidden states."""
-        return self.decoder.logits(hidden_BTD)
+    State: ClassVar[type] = MemoryState
 
     def empty_state(self, batch: int) -> Any:
         """The learned memory and nothing else; for an attached decoder none: decoding runs all tokens again."""
@@ -79,22 +39,13 @@ class RecurrentMemory(nn.Module):
             return ()
         return MemoryState(self._first(batch), None)
 
-    def state_survives(self, past: int, length: int) -> bool:
-        """What counts is how far positions reach inside a segment."""
-        return self.decoder.state_survives(1, self.recurrence.segment + 2 * self.recurrence.memory)
-
-    def _first(self, batch: int) -> Tensor:
-        memory_MD: Tensor = self.memory()
-        return memory_MD.expand(batch, *memory_MD.shape)
-
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        size, carried = self.recurrence.memory, self.recurrence.bptt
+        size = self.recurrence.memory
         segments = segments_of(context, self.recurrence.segment, size, size)
         first_BMD = memory_BMD = self._first(len(x_BTD))
         outputs = []
         for number, segment in enumerate(segments):
-            if carried is not None and number % (carried + 1) == 0:
-                memory_BMD = memory_BMD.detach() if number else memory_BMD
+            memory_BMD = memory_BMD.detach() if self._cuts(number) else memory_BMD
             read = _where(segment.fresh_read, first_BMD, memory_BMD)[:, : segment.before]
             written = _where(segment.fresh_write, first_BMD, memory_BMD)[:, : segment.behind]
             rows = torch.cat((read, x_BTD[:, segment.rows], written), dim=1)
@@ -107,7 +58,6 @@ class RecurrentMemory(nn.Module):
         return torch.cat(outputs, dim=1)
 
     def _decode(self, x_BTD: Tensor, context: SequenceContext, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Tokens that follow ``context.past`` ones, on one rank: the memory behind runs when a segment is full."""
         size, length, outputs = self.recurrence.memory, self.recurrence.segment, []
         position = context.past
         for part in _parts(x_BTD, position % length, length):

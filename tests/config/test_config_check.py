@@ -16,7 +16,6 @@ from longctx.config.mixers import MIXER_NAMES
 from longctx.config.schema import Config, Model, Rope
 from longctx.config.summary import count_parameters, summarize
 from longctx.errors import ConfigError
-from longctx.mixers import MIXERS
 from longctx.positions.rope import RotaryEmbedding
 
 
@@ -153,10 +152,6 @@ def test_zero_is_no_beta() -> None:
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"):
         with pytest.raises(ValueError, match="greater than 0"):
             Rope.model_validate({key: 0})
-
-
-def test_the_mixers_that_may_be_named_are_those_that_exist() -> None:
-    assert set(MIXER_NAMES) == set(MIXERS)
 
 
 def test_exact_limits_are_fine(tmp_path: Path) -> None:

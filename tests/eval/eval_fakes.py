@@ -34,7 +34,9 @@ class SuccessorModel:
         self.of_position = of_position
         self.widest_logits = 0
 
-    def __call__(self, tokens_BT: torch.Tensor, context: SequenceContext, *, state: Any = None) -> FakeOutput:
+    def __call__(
+        self, tokens_BT: torch.Tensor, context: SequenceContext, *, state: Any = None, last_only: bool = False
+    ) -> FakeOutput:
         positions_BT = context.positions()
         assert positions_BT.shape == tokens_BT.shape
         likely_BT = self.of_position(positions_BT).double()
@@ -42,7 +44,8 @@ class SuccessorModel:
         logits_BTV = rest_BT[..., None].repeat(1, 1, self.vocab_size)
         # An offset that differs per token: log-probabilities, not logits, must be used.
         logits_BTV.scatter_(2, ((tokens_BT + 1) % self.vocab_size)[..., None], likely_BT.log()[..., None])
-        return FakeOutput(logits_BTV + tokens_BT[..., None], None)
+        hidden_BTD = logits_BTV + tokens_BT[..., None]
+        return FakeOutput(hidden_BTD[:, -1:] if last_only else hidden_BTD, None)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         self.widest_logits = max(self.widest_logits, hidden_BTD.shape[:-1].numel())
@@ -65,7 +68,9 @@ class ReaderModel:
         self.vocab_size = vocab_size
         self.survives = survives
 
-    def __call__(self, tokens_BT: torch.Tensor, context: SequenceContext, *, state: Any = None) -> FakeOutput:
+    def __call__(
+        self, tokens_BT: torch.Tensor, context: SequenceContext, *, state: Any = None, last_only: bool = False
+    ) -> FakeOutput:
         seen = list(state or ())
         assert len(seen) == context.past
         logits_TV = torch.zeros(tokens_BT.shape[1], self.vocab_size, dtype=torch.float64)
@@ -74,6 +79,7 @@ class ReaderModel:
             text += chr(token)
             if (guess := self.predict(text)) is not None:
                 logits_TV[index, ord(guess)] = 20.0
+        logits_TV = logits_TV[-1:] if last_only else logits_TV
         return FakeOutput(logits_TV[None], tuple(seen + tokens_BT[0].tolist()))
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

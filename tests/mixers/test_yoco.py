@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from longctx.config.load import load_config
 from longctx.config.schema import Model
 from longctx.errors import UnsupportedError
+from longctx.generate.decode import generate
 from longctx.mixers.yoco import YocoMixer
 from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import alone, build_mesh
@@ -82,6 +83,18 @@ def test_early_exit_equals_the_full_prefill(lower: list[str], seed: int) -> None
         after = context.extend(1)
         steps = [model(tokens[:, :1], after, state=s).hidden_BTD for s in (early.state, whole.state)]
         torch.testing.assert_close(*steps, rtol=1e-12, atol=1e-12)
+
+
+def test_generation_lets_the_prompt_leave_early(seed: int) -> None:
+    model, prompt = decoder(LOWER[0], seed), tokens_of(seed)[0].tolist()
+    seen: list[int] = []
+    model.layers[4].register_forward_hook(lambda _module, args, _result: seen.append(args[0].shape[1]))
+    (found,) = generate(model, [prompt], 3)
+    assert seen == [1, 1, 1]
+    for number in range(3):
+        tokens = torch.tensor([prompt + found[:number]])
+        logits = model.logits(model(tokens, SequenceContext.single(1, tokens.shape[1])).hidden_BTD[:, -1])
+        assert int(logits.argmax()) == found[number]
 
 
 def test_decoding_equals_the_forward(seed: int) -> None:
