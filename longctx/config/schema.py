@@ -99,12 +99,18 @@ class Recurrence(Section):
     memory: NonNegative = Field(16, description="memory tokens per segment")
     bptt: NonNegative | None = Field(None, description="segment boundaries that gradients cross at most; default: all")
     keys: PositiveInt | None = Field(None, description="armt: size of a memory key before its features; default: 64")
+    wavefront: bool = Field(False, description="armt: ranks run whole segments in turn; default: each is cut over all")
     curriculum: tuple[tuple[NonNegative, PositiveInt], ...] = Field(
         (), description="[step, segments] pairs: from that step on memory is carried over at most so many segments"
     )
 
     @model_validator(mode="after")
-    def _ascending(self) -> "Recurrence":
+    def _possible(self) -> "Recurrence":
+        if self.wavefront and self.kind != "armt":
+            raise ValueError(
+                f"wavefront needs a memory of every layer, kind {self.kind} hands the last layer's to the first; "
+                f"use kind armt or leave wavefront out"
+            )
         steps = [step for step, _ in self.curriculum]
         if steps != sorted(set(steps)):
             raise ValueError(f"the steps of curriculum {steps} should ascend")

@@ -449,3 +449,21 @@ def test_a_pattern_agrees_with_the_number_of_layers() -> None:
         Model.model_validate({"layers": ["conv", "softmax"], "num_layers": 3})
     with pytest.raises(ValueError, match="mixer_options are given for ttt, which no layer uses"):
         Model.model_validate({"layers": ["conv", "softmax"], "mixer_options": {"ttt": {"chunk": 4}}})
+
+
+def test_a_wavefront_is_refused_where_it_would_hang_or_idle(tmp_path: Path) -> None:
+    """Strategy: each reason alone, and once without any."""
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+    wave = "model.recurrence={kind: armt, segment: 8, wavefront: true}"
+    (problem,) = problems(tmp_path / "a", wave, "engine.zero=3")
+    assert problem.startswith("model.recurrence.wavefront: ranks are in different layers at a time")
+    assert problems(tmp_path / "b", wave, "engine.zero=2") == []
+    (problem,) = problems(tmp_path / "c", wave, "sequence.scheme=ulysses")
+    assert problem.startswith("sequence.scheme: has no effect beside model.recurrence.wavefront")
+    long = wave.replace("8", "50")
+    (problem,) = problems(tmp_path / "d", long, "sequence.degree=3")
+    assert "2 segments of 50 tokens leave some of the 3 ranks without one" in problem
+    assert problems(tmp_path / "e", long, "sequence.degree=2") == []
+    (problem,) = problems(tmp_path / "f", wave.replace("armt", "rmt"))
+    assert "wavefront needs a memory of every layer" in problem and "use kind armt" in problem
