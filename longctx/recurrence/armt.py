@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longctx.config.schema import Recurrence
+from longctx.config.schema import Model, Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
 from longctx.model.decoder import CausalLM
@@ -31,6 +31,7 @@ from longctx.sequence.collectives.summaries import share, tie
 from longctx.sequence.context import SequenceContext
 
 _EPS = 1e-5
+_KEYS = 64
 
 
 class Associations(NamedTuple):
@@ -119,12 +120,23 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
             )
         super().__init__(decoder, recurrence)
         width = decoder.config.hidden_size
-        self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or 64) for _ in decoder.layers)
+        self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or _KEYS) for _ in decoder.layers)
 
     def empty_state(self, batch: int) -> AssociativeState:
         """Nothing remembered, no token seen."""
         like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
         return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
+
+    @staticmethod
+    def rows_beside(recurrence: Recurrence) -> int:
+        """Memory tokens behind."""
+        return recurrence.memory
+
+    @staticmethod
+    def carried_size(config: Model) -> int:
+        """Values and a norm per feature and layer."""
+        features = 6 * ((config.recurrence.keys if config.recurrence else None) or _KEYS)
+        return config.num_layers * features * (config.hidden_size + 1)
 
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         length, tokens = self.recurrence.segment, self.recurrence.memory

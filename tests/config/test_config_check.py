@@ -465,5 +465,5 @@ def test_a_wavefront_is_refused_where_it_would_hang_or_idle(tmp_path: Path) -> N
     (problem,) = problems(tmp_path / "d", long, "sequence.degree=3")
     assert "2 segments of 50 tokens leave some of the 3 ranks without one" in problem
     assert problems(tmp_path / "e", long, "sequence.degree=2") == []
-    with pytest.raises(ConfigError, match="wavefront needs a memory of every layer.*use kind armt"):
+    with pytest.raises(ConfigError, match=r"wavefront needs a memory of every layer.*use kind armt"):
         problems(tmp_path / "f", wave.replace("armt", "rmt"))
