@@ -100,6 +100,11 @@ def planned_handoff(context: SequenceContext, rows: int, pieces: int, row_bytes:
     return there + back
 
 
+def default_pieces(context: SequenceContext) -> int:
+    """Four per rank: of P ranks with one run each, none waits longer than (P - 1) / (5 P - 1) of the time."""
+    return 4 * context.degree
+
+
 def idle_share(context: SequenceContext, pieces: int) -> float:
     """Share of the time that ranks wait, if every token of every row costs the same and messages cost nothing.
 
