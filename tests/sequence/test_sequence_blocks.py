@@ -69,7 +69,7 @@ def assert_by_definition(found: Blocks, layout: Layout, documents: Documents, ra
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_every_rank_finds_its_blocks_and_what_it_lacks(size: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    for _ in range(6):
+    for _ in range(20):
         length, degree = int(generator.integers(1, 40)), int(generator.integers(1, 5))
         documents = random_documents(generator, int(generator.integers(1, 4)), length)
         named = [LAYOUTS[name](length, degree, documents) for name in ("contiguous", "zigzag", "balanced")]
