@@ -16,6 +16,9 @@ from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.kept import run_once
 
+_ROWS = 65_535
+"""Most rows of one call: torch's CUDA kernels launch no larger batch (pytorch issue 146704)."""
+
 
 class DenseSoftmaxMixer(SoftmaxMixer):
     """Causal attention over all positions of a row; its context is that of one row and holds for all."""
@@ -42,6 +45,10 @@ def _attend(q_GJHE: Tensor, k_GSKE: Tensor, v_GSKE: Tensor) -> tuple[Tensor]:
     """The queries are the last J of S positions."""
     new, seen = q_GJHE.shape[1], k_GSKE.shape[1]
     visible_JS = torch.ones(new, seen, dtype=torch.bool, device=q_GJHE.device).tril(seen - new)
-    q, k, v = (t.transpose(1, 2) for t in (q_GJHE, k_GSKE, v_GSKE))
-    mixed = scaled_dot_product_attention(q, k, v, attn_mask=visible_JS, enable_gqa=q.shape[1] != k.shape[1])
-    return (mixed.transpose(1, 2),)
+    q, k, v = (torch.split(t.transpose(1, 2), _ROWS) for t in (q_GJHE, k_GSKE, v_GSKE))
+    grouped = q_GJHE.shape[2] != k_GSKE.shape[2]
+    mixed = [
+        scaled_dot_product_attention(*qkv, attn_mask=visible_JS, enable_gqa=grouped)
+        for qkv in zip(q, k, v, strict=True)
+    ]
+    return (torch.cat(mixed).transpose(1, 2),)

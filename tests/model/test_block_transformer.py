@@ -16,19 +16,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from longctx.attention.traffic import Call, planned_passes, planned_traffic
+from longctx.bench.live_bytes import LiveBytes
 from longctx.config.schema import Model
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.eval.scoring import Prompt
 from longctx.generate.decode import generate
+from longctx.mixers import dense_softmax
 from longctx.model.block_transformer import BlockTransformer, build_native
 from longctx.model.decoder import CausalLM, DecoderLayer
-from longctx.recurrence.segments import layout_maker
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.sequence.blocks import blocks_of
+from longctx.sequence.collectives.gather import GatherRows
 from longctx.sequence.collectives.halo import planned_rows
 from longctx.sequence.collectives.ledger import Ledger
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.layout import Documents
+from longctx.sequence.layout import LAYOUTS, Documents
 
 VOCAB, WIDTH = 61, 24
 PACKED = ((0, 4, 15), (0, 26))
@@ -62,7 +64,7 @@ class Case:
         return model
 
     def context(self, group: Group, ledger: Ledger | None = None) -> SequenceContext:
-        cut = layout_maker(self.layout, None)(self.length, group.size, self.documents)
+        cut = LAYOUTS[self.layout](self.length, group.size, self.documents)
         return SequenceContext(group, cut, self.documents, scheme=self.scheme, ledger=ledger)
 
     def tokens(self) -> Tensor:
@@ -155,7 +157,7 @@ CASES = (
     Case(length=31, documents=((0,), (0,)), size=8, inside=0),
     # Shards shorter than a block, ranks without tokens, documents without a full block.
     Case(length=5, documents=((0, 2), (0, 4))),
-    Case(length=2, documents=((0,), (0, 1))),
+    Case(length=2, documents=((0,), (0, 1)), recompute=True),
     Case(length=3, documents=((0,), (0,)), size=3, layout="contiguous"),
 )
 MIXED = (("gated_retention", "yoco", "yoco"), ("conv", "mega"), ("ttt", "softmax"), ("gated_delta", "transformer_vq"))
@@ -335,6 +337,45 @@ def test_traffic_is_that_of_blocks_and_one_row_per_run(pool: Pool, seed: int) ->
                 received = [t.bytes for t in there if t.direction == "receive"]
                 runs = len(context.layout.runs[rank]) - (rank == 0)
                 assert tokens == [] and sum(received) == row * 2 * runs
+
+
+def peak_bytes(case: Case, gathers: bool = False) -> int:
+    """Most bytes this rank holds at once in a step; with ``gathers`` it also looks at all contexts of all ranks."""
+    model, context = (Gathering(case.config).double() if gathers else case.model()), case.context(group_here())
+    tokens = context.shard(case.tokens())
+    for live in (LiveBytes(), LiveBytes()):  # plans and tables are made once
+        with live:
+            loss_sum = model(tokens, context, tokens).loss_sum
+            assert loss_sum is not None
+            loss_sum.backward()
+    return live.peak
+
+
+class Gathering(BlockTransformer):
+    """A planted fault: every rank is given the contexts of all blocks."""
+
+    def run(self, x_BTD: Tensor, context: SequenceContext, *rest: Any) -> Any:
+        after, state = super().run(x_BTD, context, *rest)
+        rows = GatherRows(context.group, context.batch, context.layout)
+        everything = rows.gather(after.detach().flatten(0, 1)).repeat(4, 1).requires_grad_()
+        return after + 0 * everything.square().sum(), state
+
+
+@pytest.mark.tier2
+def test_memory_does_not_grow_with_the_ranks(pool: Pool) -> None:
+    for gathers in (False, True):
+        cases = {world: Case(length=96 * world, documents=((0,),)) for world in (2, 4)}
+        peaks = {world: max(pool.run(peak_bytes, world, case, gathers)) for world, case in cases.items()}
+        assert (peaks[4] / peaks[2] < 1.01) == (not gathers), peaks
+
+
+def test_many_short_rows_are_attended_to_in_several_calls(seed: int) -> None:
+    generator, rows = torch.Generator().manual_seed(seed), 2 * 65_535 + 3
+    q, k, v = (torch.randn(rows, 2, heads, 2, generator=generator, dtype=torch.float64) for heads in (2, 1, 1))
+    (found,) = dense_softmax._attend(q, k, v)
+    scores = torch.einsum("gihe,gjke->ghij", q, k) / 2**0.5
+    weights = scores.masked_fill(~torch.ones(2, 2, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, torch.einsum("ghij,gjke->gihe", weights, v), rtol=1e-12, atol=1e-12)
 
 
 class Faulty(BlockTransformer):
