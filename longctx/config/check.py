@@ -143,6 +143,14 @@ def _wavefront(config: Config, segment: int) -> Iterator[Problem]:
         yield Problem(("sequence", name), f"has no effect beside {dotted(here)}: segments are not cut; leave it out")
 
 
+def _block(config: Config) -> Iterator[Problem]:
+    if config.model.block is not None and config.sequence.layout == "striped":
+        yield Problem(
+            ("sequence", "layout"),
+            "striped tears every block of model.block apart; use contiguous, zigzag or balanced",
+        )
+
+
 def _sequence(config: Config) -> Iterator[Problem]:
     length, degree = config.sequence.length, config.sequence.degree
     if length < degree:
@@ -268,7 +276,7 @@ def _packages(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _without_effect, _run, _from_hf, _mixer, _recurrence, _rope, _data, _sequence, _train, _engine, _packages,
+    _without_effect, _run, _from_hf, _mixer, _recurrence, _block, _rope, _data, _sequence, _train, _engine, _packages,
 )  # fmt: skip
 
 

@@ -380,6 +380,7 @@ def test_summary(tmp_path: Path) -> None:
         *((f"mixers/{mixer}", 2) for mixer in MIXER_NAMES if mixer != "softmax"),
         ("recurrence/rmt", 2),
         ("recurrence/armt", 2),
+        ("block_transformer", 2),
     ],
 )
 def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:
@@ -408,6 +409,16 @@ def test_a_recurrence_is_not_recomputed_under_deepspeed(tmp_path: Path) -> None:
     assert problems(tmp_path / "b", recurrence, "engine={kind: deepspeed}") == []
     assert problems(tmp_path / "c", recurrence, recompute, "engine={kind: torch}") == []
     assert problems(tmp_path / "d", recompute, "engine={kind: deepspeed}") == []
+
+
+def test_layers_over_blocks_start_from_no_hf_folder(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, f"model.from_hf={hf_folder(tmp_path / 'hf')}", "model.block={size: 4}")
+    assert found.startswith("model.block: has no effect: it comes from model.from_hf")
+
+
+def test_a_striped_layout_tears_blocks(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, "model.block={size: 4}", "sequence.layout=striped")
+    assert found.startswith("sequence.layout: striped tears every block of model.block apart; use contiguous, zigzag")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Law 1 for every registered mixer and every recurrence, through the trainer and through DeepSpeed ZeRO-3."""
+"""Law 1 for every registered mixer, recurrence and layers over blocks, by the trainer and by DeepSpeed ZeRO-3."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "armt": {"recurrence": {"kind": "armt", "segment": 11, "memory": 3, "keys": 16, "bptt": 2}},
     "wavefront": {"recurrence": {"kind": "armt", "segment": 11, "memory": 3, "keys": 16, "wavefront": True}},
 }
-MODELS = {**{name: two_layers(name) for name in MIXERS}, **SMALL}
+LARGE: dict[str, dict[str, Any]] = {
+    "block": {"layers": "[softmax, gated_retention]", "block": {"size": 4, "layers": 2}, "init_std": 0.05},
+}
+MODELS = {**{name: two_layers(name) for name in MIXERS}, **LARGE, **SMALL}
 EVERY = [pytest.param(name, marks=() if name in SMALL else pytest.mark.tier2) for name in MODELS]
 
 

@@ -1,4 +1,4 @@
-"""halo: a few rows before or after each of this rank's runs, from whichever ranks hold them.
+"""halo: a few rows before or after each of this rank's runs, or any others, from whichever ranks hold them.
 
 A halo longer than a run spans several ranks; every row comes straight from its owner, in one message per pair of ranks.
 The gradients of the rows return to their owners the same way.
@@ -56,6 +56,24 @@ def planned_halo(
     return _transfers(plan, context.group, "halo", size), _transfers(plan, context.group, "halo-return", size, True)
 
 
+def rows_at(x_BT: Tensor, context: SequenceContext, name: str, wanted: Sequence[Ints]) -> Tensor:
+    """The rows with the global indices ``wanted[rank]``, [B, W, ...], in that order.
+
+    Args:
+        name: what the wish is called; a context is asked for one wish of a name only, and plans it once.
+        wanted: what every rank asks for, the same on all.
+    """
+    return _fetch(_plan_of(context, name, wanted), x_BT, None, context)[:, 0]
+
+
+def planned_rows(
+    context: SequenceContext, name: str, wanted: Sequence[Ints], row_bytes: int
+) -> tuple[list[Transfer], list[Transfer]]:
+    """What :func:`rows_at` posts on this rank, forward and backward; integers have no backward."""
+    plan, size = _plan_of(context, name, wanted), context.batch * row_bytes
+    return _transfers(plan, context.group, "halo", size), _transfers(plan, context.group, "halo-return", size, True)
+
+
 def shifted(x_BT: Tensor, before_BRW: Tensor, context: SequenceContext, back: int) -> Tensor:
     """Row t - ``back`` at the place of row t, [B, T, ...]; 0 where that is of another document.
 
@@ -99,11 +117,21 @@ def _plan(context: SequenceContext, side: str, width: int, with_last: bool) -> _
     return plan
 
 
+def _plan_of(context: SequenceContext, name: str, wanted: Sequence[Ints]) -> _Plan:
+    key = ("rows", context.rank, name)
+    plan: _Plan = context.once(key, lambda: _of_wanted(context, wanted, len(wanted[context.rank]), 1))
+    return plan
+
+
 def _find(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
+    wanted = [_wanted(context.layout, r, side, width, with_last) for r in range(context.degree)]
+    return _of_wanted(context, wanted, width, len(wanted[context.rank]) // width)
+
+
+def _of_wanted(context: SequenceContext, wanted: Sequence[Ints], width: int, spans: int) -> _Plan:
     layout, rank = context.layout, context.rank
     if any(run.step != 1 for runs in layout.runs for run in runs):
         raise UnsupportedError("a halo is of runs of neighbouring tokens; use a layout other than striped")
-    wanted = [_wanted(layout, r, side, width, with_last) for r in range(layout.degree)]
     owned = [_owners(layout, rows) for rows in wanted]
     owner, local = owned[rank]
     mine = np.flatnonzero(owner == rank)
@@ -112,7 +140,7 @@ def _find(context: SequenceContext, side: str, width: int, with_last: bool) -> _
     receive = [(p, np.flatnonzero(owner == p)) for p in peers]
     send = [(p, owned[p][1][owned[p][0] == rank]) for p in peers]
     return _Plan(
-        width, len(wanted[rank]) // width, (mine, local[mine]), (before, wanted[rank][before] - context.past + width),
+        width, spans, (mine, local[mine]), (before, wanted[rank][before] - context.past + width),
         tuple((p, rows) for p, rows in receive if len(rows)), tuple((p, rows) for p, rows in send if len(rows)),
     )  # fmt: skip
 
