@@ -1,8 +1,9 @@
-"""Attention of few queries over a ragged cache, without ever making it dense.
+"""Attention over a ragged cache, without ever making it dense.
 
-All blocks of all lanes are worked on at once: one batched product of every block with the queries of its lane, a
-softmax over all blocks of a lane by scattered maxima and sums, and a second product. The cost is that of the blocks in
-use; beside them it holds one score per key and query (Milakov and Gimelshein, arXiv 1805.02867, for the merges).
+Few queries: all blocks of all lanes at once: one batched product of every block with the queries of its lane, a softmax
+over all blocks of a lane by scattered maxima and sums, and a second product. The cost is that of the blocks in use;
+beside them it holds one score per key and query. Many queries, a chunk of a prompt: lane by lane with the kernels that
+training uses.
 
 Legend: B batch, T new tokens, K kv heads, G query heads per kv head, H = K x G, R = B x K lanes, Q = G x T queries of a
 lane, N blocks, C tokens per block, E head dim.
@@ -11,12 +12,38 @@ lane, N blocks, C tokens per block, E head dim.
 import torch
 from torch import Tensor
 
+from longctx.attention import attention_and_lse
 from longctx.attention.kernels.base import Scoring
-from longctx.attention.merge import merge_
+from longctx.attention.merge import add_sink_, merge_
 from longctx.cache.ragged import RaggedKV
+from longctx.errors import UnsupportedError
+from longctx.sequence.context import SequenceContext
 
 _SCORES = 1 << 24
 """Scores of one pass, at most."""
+_FEW = 64
+"""Queries per lane up to which blocks are worked on all at once."""
+
+
+def cached_attention(
+    q_BTHE: Tensor, cache: RaggedKV, context: SequenceContext, *, window: int | None = None,
+    sink_H: Tensor | None = None, scale: float | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`longctx.attention.attention` of new tokens over a cache that holds them, too; in the dtype of q.
+
+    Raises:
+        UnsupportedError: the sequence is sharded or packed.
+        ValueError: the cache has not seen as many tokens as the context has.
+    """
+    if context.degree > 1 or any(len(starts) > 1 for starts in context.documents):
+        raise UnsupportedError("a cache holds one unsharded document per row; use degree 1, no packing")
+    if cache.seen != context.length:
+        raise ValueError(f"the cache has seen {cache.seen} tokens, the context has {context.length}")
+    scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
+    out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window)
+    if sink_H is not None:
+        add_sink_(out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1), sink_H)
+    return out_BTHE.to(q_BTHE.dtype)
 
 
 @torch.no_grad()
@@ -32,6 +59,50 @@ def attend(
     Returns:
         out_BTHE and lse_BTH in fp32 (fp64 for fp64); 0 and -inf where a query sees nothing.
     """
+    tokens, group = q_BTHE.shape[1], q_BTHE.shape[2] // cache.kv_heads
+    if tokens * group > _FEW and (found := _lane_by_lane(q_BTHE, cache, position_BT, scoring, window)) is not None:
+        return found
+    return _block_by_block(q_BTHE, cache, position_BT, scoring, window)
+
+
+def _lane_by_lane(
+    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """With the kernels of training; None where lanes are not what those need.
+
+    Each must end with the T tokens of the queries, and with a window have no gap: its places are then as good as its
+    positions.
+    """
+    batch, tokens, heads, _ = q_BTHE.shape
+    group, parts = heads // cache.kv_heads, []
+    contexts: dict[int, SequenceContext] = {}
+    for lane in range(batch * cache.kv_heads):
+        row, head = divmod(lane, cache.kv_heads)
+        k_SE, v_SE, position_S = cache.lane(lane)
+        length = len(position_S)
+        if length < tokens or not torch.equal(position_S[length - tokens :], position_BT[row].to(position_S)):
+            return None
+        if window is not None and int(position_S[-1] - position_S[0]) != length - 1:
+            return None
+        if length not in contexts:
+            contexts[length] = SequenceContext.single(1, length - tokens).extend(tokens)
+        q_1TGE = q_BTHE[row : row + 1, :, head * group : (head + 1) * group]
+        k_1SKE, v_1SKE = (t.to(q_BTHE.device)[None, :, None] for t in (k_SE, v_SE))
+        context = contexts[length]
+        part = attention_and_lse(
+            q_1TGE, k_1SKE, v_1SKE, context, window=window, scale=scoring.scale, softcap=scoring.softcap
+        )
+        parts.append(part)
+    wide = torch.promote_types(q_BTHE.dtype, torch.float32)
+    by_row = [parts[row * cache.kv_heads : (row + 1) * cache.kv_heads] for row in range(batch)]
+    out_BTHE = torch.cat([torch.cat([out for out, _ in row], dim=2) for row in by_row])
+    return out_BTHE.to(wide), torch.cat([torch.cat([lse for _, lse in row], dim=2) for row in by_row])
+
+
+def _block_by_block(
+    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """All blocks at once, in parts of at most :data:`_SCORES` scores."""
     batch, tokens, heads, size = q_BTHE.shape
     lanes, group = batch * cache.kv_heads, heads // cache.kv_heads
     q_RQE = q_BTHE.view(batch, tokens, cache.kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(lanes, -1, size)

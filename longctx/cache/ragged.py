@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from longctx.cache.codec import Codec
+from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.errors import UnsupportedError
-
-BLOCK = 64
-"""Tokens per block."""
 
 
 class RaggedKV:
@@ -24,21 +22,23 @@ class RaggedKV:
 
     Args:
         lengths_R: tokens of every lane, evicted ones not counted; int64 on the host.
+        seen: tokens of every row so far, evicted ones counted.
     """
 
-    __slots__ = ("__weakref__", "kv_heads", "lengths_R", "pool")
+    __slots__ = ("__weakref__", "kv_heads", "lengths_R", "pool", "seen")
 
-    def __init__(self, pool: Pool, kv_heads: int, lengths_R: Tensor) -> None:
-        self.pool, self.kv_heads, self.lengths_R = pool, kv_heads, lengths_R
+    def __init__(self, pool: Pool, kv_heads: int, lengths_R: Tensor, seen: int) -> None:
+        self.pool, self.kv_heads, self.lengths_R, self.seen = pool, kv_heads, lengths_R, seen
         pool.users.add(self)
 
     @classmethod
     def empty(
-        cls, batch: int, kv_heads: int, head_dim: int, like: Tensor, *, block: int = BLOCK, codec: Codec | None = None
+        cls, batch: int, kv_heads: int, head_dim: int, like: Tensor, options: CacheOptions | None = None
     ) -> "RaggedKV":
         """No token yet; dtype and device of ``like``."""
-        pool = Pool(batch * kv_heads, block, codec or Codec(), like.new_empty(head_dim))
-        return cls(pool, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64))
+        options = options or CacheOptions()
+        pool = Pool(batch * kv_heads, options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
+        return cls(pool, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), 0)
 
     @property
     def batch(self) -> int:
@@ -70,7 +70,7 @@ class RaggedKV:
             counts_R = counts_B.cpu().repeat_interleave(heads)
         pool = self._own_pool()
         pool.write(self.lengths_R, counts_R, k_RTE, v_RTE, position_RT)
-        return RaggedKV(pool, self.kv_heads, self.lengths_R + counts_R)
+        return RaggedKV(pool, self.kv_heads, self.lengths_R + counts_R, self.seen + tokens)
 
     def truncated(self, before: int) -> "RaggedKV":
         """Without the tokens from position ``before`` on: the roll-back of a speculation."""
@@ -79,7 +79,7 @@ class RaggedKV:
         owned = self.pool.owner_N >= 0
         lengths = torch.zeros_like(self.lengths_R)
         lengths.index_add_(0, self.pool.owner_N[owned], stays_NC.sum(1)[owned])
-        return RaggedKV(self.pool, self.kv_heads, lengths)
+        return RaggedKV(self.pool, self.kv_heads, lengths, min(before, self.seen))
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -89,7 +89,7 @@ class RaggedKV:
             places[: len(mask)] = mask
             kept_NC[self._blocks_of(lane)] = places.view(-1, self.pool.block)
         pool, lengths = self.pool.compacted(kept_NC)
-        return RaggedKV(pool, self.kv_heads, lengths)
+        return RaggedKV(pool, self.kv_heads, lengths, self.seen)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
 from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
+
+_CACHE = CacheOptions()
 
 
 class LanguageModel(Protocol):
@@ -36,7 +39,7 @@ class LanguageModel(Protocol):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V]."""
 
-    def empty_state(self, batch: int) -> Any:
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> Any:
         """The decode state before the first token."""
 
     def state_survives(self, past: int, length: int) -> bool:
@@ -53,11 +56,17 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def advance(
-    model: LanguageModel, new_BT: Tensor, before: Decoded | None = None, *, last_only: bool = False
+    model: LanguageModel,
+    new_BT: Tensor,
+    before: Decoded | None = None,
+    *,
+    last_only: bool = False,
+    cache: CacheOptions = _CACHE,
 ) -> tuple[Tensor, Decoded]:
     """Run the tokens that follow ``before`` (None: the first ones); their hidden states [B, T, D], and all so far.
 
-    With ``last_only`` only the last one's [B, 1, D], which lets the others leave some decoders early (YOCO).
+    With ``last_only`` only the last one's [B, 1, D], which lets the others leave some decoders early (YOCO). ``cache``
+    says how keys and values are stored, from the first tokens on.
     """
     batch, new = new_BT.shape
     tokens_BS = new_BT if before is None else torch.cat((before.tokens_BS, new_BT), dim=1)
@@ -68,7 +77,7 @@ def advance(
     else:
         # First tokens, or a rotary type whose earlier states are no longer valid at this length: run all of them.
         context = SequenceContext.single(batch, length)
-        output = model(tokens_BS, context, state=model.empty_state(batch), last_only=last_only)
+        output = model(tokens_BS, context, state=model.empty_state(batch, cache), last_only=last_only)
     return output.hidden_BTD[:, -new:], Decoded(tokens_BS, context, output.state)
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Section
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.sequence.collectives.ledger import Transfer
@@ -72,6 +73,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def empty_state(self, batch: int, like: Tensor) -> Any:
         """The state before the first token, with the dtype and device of ``like``. Passing it asks for a state back."""
+
+    def empty_cache(self, batch: int, like: Tensor, options: CacheOptions) -> Any:
+        """:meth:`empty_state` for decoding, without gradients: keys and values, where there are any, in blocks."""
+        return self.empty_state(batch, like)
 
     def state_survives(self, past: int, length: int) -> bool:
         """Whether a state of ``past`` tokens may be continued to ``length``; if not, all tokens must run again."""

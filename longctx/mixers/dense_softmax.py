@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longctx.mixers.softmax import KVState, SoftmaxMixer
+from longctx.cache.ragged import RaggedKV
+from longctx.mixers.softmax import KVState, SoftmaxMixer, check_state
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.kept import run_once
@@ -30,12 +31,13 @@ class DenseSoftmaxMixer(SoftmaxMixer):
         return []
 
     def mix(
-        self, x_GJD: Tensor, context: SequenceContext, state: KVState | None = None
+        self, x_GJD: Tensor, context: SequenceContext, state: KVState | RaggedKV | None = None
     ) -> tuple[Tensor, KVState | None]:
         """Mixed positions [G, J, D]; see :class:`Mixer`."""
         q_GJHE, k_GSKE, v_GSKE = self.project(x_GJD, context)
+        assert not isinstance(state, RaggedKV)  # a block's positions are too few for blocks of their own
         if state is not None:
-            self._check_state(state, context)
+            check_state(state, context, self.rope)
             k_GSKE, v_GSKE = state = state.append(k_GSKE, v_GSKE)
         (mixed_GJHE,) = run_once(_attend, (q_GJHE, k_GSKE, v_GSKE), context.kept)
         return self.o_proj(mixed_GJHE.flatten(2)), state

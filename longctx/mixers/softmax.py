@@ -10,6 +10,9 @@ from torch import Tensor
 
 from longctx.attention import attention
 from longctx.attention.traffic import Call, planned_traffic
+from longctx.cache.attend import cached_attention
+from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import RaggedKV
 from longctx.config.schema import Model
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
@@ -34,6 +37,28 @@ class KVState(NamedTuple):
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor) -> "KVState":
         """A new state that also holds these tokens."""
         return KVState(torch.cat((self.k_BSKE, k_BTKE), dim=1), torch.cat((self.v_BSKE, v_BTKE), dim=1))
+
+
+def survives(rope: RotaryEmbedding, past: int, length: int) -> bool:
+    """False where the rotary table changes between the two lengths."""
+    return past == 0 or rope.table(past) == rope.table(length)
+
+
+def check_state(state: KVState | RaggedKV, context: SequenceContext, rope: RotaryEmbedding) -> None:
+    """Refuse a state that does not continue to the context.
+
+    Raises:
+        ValueError: it holds other tokens than those before.
+        UnsupportedError: its keys are of another rotary table than this length has.
+    """
+    seen = state.seen if isinstance(state, RaggedKV) else state.k_BSKE.shape[1]
+    if seen != context.past:
+        raise ValueError(f"the state holds {seen} tokens, the context has {context.past} past tokens")
+    if not survives(rope, context.past, context.length):
+        raise UnsupportedError(
+            f"rope_type {rope.rope.rope_type!r} rotates differently at length {context.length} than at"
+            f" {context.past}: cached keys are invalid, run the whole sequence again (longctx.generate does)"
+        )
 
 
 class SoftmaxMixer(Mixer):
@@ -65,9 +90,13 @@ class SoftmaxMixer(Mixer):
         """See :class:`Mixer`."""
         return KVState.empty(batch, self.kv_heads, self.head_dim, like)
 
+    def empty_cache(self, batch: int, like: Tensor, options: CacheOptions) -> RaggedKV:
+        """See :class:`Mixer`."""
+        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options)
+
     def state_survives(self, past: int, length: int) -> bool:
         """False where the rotary table changes between the two lengths."""
-        return past == 0 or self.rope.table(past) == self.rope.table(length)
+        return survives(self.rope, past, length)
 
     def project(self, x_BTD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, H, E], rotated keys and values [B, T, K, E]."""
@@ -86,31 +115,24 @@ class SoftmaxMixer(Mixer):
         return planned_traffic(context, call)
 
     def mix(
-        self, x_BTD: Tensor, context: SequenceContext, state: KVState | None = None
-    ) -> tuple[Tensor, KVState | None]:
+        self, x_BTD: Tensor, context: SequenceContext, state: KVState | RaggedKV | None = None
+    ) -> tuple[Tensor, KVState | RaggedKV | None]:
         """See :class:`Mixer`.
 
         Raises:
             UnsupportedError: the cached keys belong to another rotary table than this length.
         """
         q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD, context)
-        if state is None:
-            if context.past:
-                raise ValueError(f"the context has {context.past} past tokens but no state holds them")
+        if state is not None:
+            check_state(state, context, self.rope)
+        elif context.past:
+            raise ValueError(f"the context has {context.past} past tokens but no state holds them")
+        if isinstance(state, RaggedKV):
+            state = state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
+            mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window)
         else:
-            self._check_state(state, context)
-            state = state.append(k_BTKE, v_BTKE)
-            k_BTKE, v_BTKE = state
-        mixed_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window)
+            if state is not None:
+                state = state.append(k_BTKE, v_BTKE)
+                k_BTKE, v_BTKE = state
+            mixed_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window)
         return self.o_proj(mixed_BTHE.flatten(2)), state
-
-    def _check_state(self, state: KVState, context: SequenceContext) -> None:
-        if state.k_BSKE.shape[1] != context.past:
-            raise ValueError(
-                f"the state holds {state.k_BSKE.shape[1]} tokens, the context has {context.past} past tokens"
-            )
-        if not self.state_survives(context.past, context.length):
-            raise UnsupportedError(
-                f"rope_type {self.rope.rope.rope_type!r} rotates differently at length {context.length} than at"
-                f" {context.past}: cached keys are invalid, run the whole sequence again (longctx.generate does)"
-            )

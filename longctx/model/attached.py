@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from longctx.model.attach import attach
@@ -78,8 +79,14 @@ class AttachedCausalLM(nn.Module):
         logits_BTV: Tensor = self.head(hidden_BTD)
         return logits_BTV
 
-    def empty_state(self, batch: int) -> tuple[Any, ...]:
-        """No state is kept between tokens."""
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> tuple[Any, ...]:
+        """No state is kept between tokens.
+
+        Raises:
+            UnsupportedError: the cache is asked to round what it does not keep.
+        """
+        if cache is not None:
+            cache.check_unrounded("transformers' class keeps no state between our steps")
         return ()
 
     def state_survives(self, past: int, length: int) -> bool:

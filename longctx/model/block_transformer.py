@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.mixers.dense_softmax import DenseSoftmaxMixer
@@ -96,12 +97,12 @@ class BlockTransformer(CausalLM):
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, state)
 
-    def empty_state(self, batch: int) -> Any:
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> Any:
         """See :class:`CausalLM`."""
         like = self.embed.weight
         none = KVState.empty(batch, self.config.kv_heads, self.config.head_size, like)
         open_BR = torch.empty(batch, 0, dtype=torch.int64, device=like.device)
-        return BlockState(super().empty_state(batch), (none,) * len(self.token_layers), open_BR)
+        return BlockState(super().empty_state(batch, cache), (none,) * len(self.token_layers), open_BR)
 
     def state_survives(self, past: int, length: int) -> bool:
         """See :class:`CausalLM`; the block decoder's positions count blocks."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS, Mixer
@@ -137,10 +138,16 @@ class CausalLM(nn.Module):
         """
         draw_weights(self, self.config.init_std, seed)
 
-    def empty_state(self, batch: int) -> State:
-        """The decode state before the first token; passing it to :meth:`forward` asks for a state back."""
-        like = self.embed.weight
-        return tuple(_layer(layer).mixer.empty_state(batch, like) for layer in self.layers)
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> State:
+        """The decode state before the first token; passing it to :meth:`forward` asks for a state back.
+
+        Args:
+            cache: how keys and values are stored, without gradients; None: as plain tensors, with gradients.
+        """
+        like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
+        if cache is None:
+            return tuple(mixer.empty_state(batch, like) for mixer in mixers)
+        return tuple(mixer.empty_cache(batch, like, cache) for mixer in mixers)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
@@ -122,8 +123,9 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         width = decoder.config.hidden_size
         self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or _KEYS) for _ in decoder.layers)
 
-    def empty_state(self, batch: int) -> AssociativeState:
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> AssociativeState:
         """Nothing remembered, no token seen."""
+        self._check_cache(cache)
         like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
         return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
 

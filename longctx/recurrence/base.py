@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Recurrence
 from longctx.mixers.base import StateSize
 from longctx.mixers.layers import Learned
@@ -63,8 +64,16 @@ class SegmentedDecoder(nn.Module, ABC):
         return self.decoder.logits(hidden_BTD)
 
     @abstractmethod
-    def empty_state(self, batch: int) -> Any:
-        """The decode state before the first token."""
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> Any:
+        """The decode state before the first token.
+
+        Raises:
+            UnsupportedError: the cache is asked to round keys and values.
+        """
+
+    def _check_cache(self, cache: CacheOptions | None) -> None:
+        if cache is not None:
+            cache.check_unrounded("a recurrence keeps no more than one segment, in full")
 
     def state_survives(self, past: int, length: int) -> bool:
         """What counts is how far positions reach inside a segment."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Recurrence
 from longctx.model.attached import AttachedCausalLM
 from longctx.recurrence.base import SegmentedDecoder
@@ -34,8 +35,9 @@ class RecurrentMemory(SegmentedDecoder):
 
     State: ClassVar[type] = MemoryState
 
-    def empty_state(self, batch: int) -> Any:
+    def empty_state(self, batch: int, cache: CacheOptions | None = None) -> Any:
         """The learned memory and nothing else; for an attached decoder none: decoding runs all tokens again."""
+        self._check_cache(cache)
         if isinstance(self.decoder, AttachedCausalLM):
             return ()
         return MemoryState(self._first(batch), None)

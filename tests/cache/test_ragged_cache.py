@@ -12,6 +12,7 @@ from torch import Tensor
 from longctx.attention.kernels.base import Scoring
 from longctx.cache.attend import attend
 from longctx.cache.codec import Codec
+from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.errors import ConfigError, UnsupportedError
 
@@ -61,7 +62,7 @@ def test_any_course_of_operations_gives_what_lists_give(block: int, seed: int) -
     """Forks that go apart, roll-backs, evictions and rows of different lengths; all caches stay as they were."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, heads = 2, 3
-    live = [(RaggedKV.empty(batch, heads, 6, F64, block=block), Lanes(batch * heads), 0)]
+    live = [(RaggedKV.empty(batch, heads, 6, F64, CacheOptions(block=block)), Lanes(batch * heads), 0)]
     for _ in range(40):
         cache, oracle, end = draw.choice(live)
         action = draw.choice(["append", "append", "append", "truncate", "evict"])
@@ -88,7 +89,7 @@ def test_appending_shares_blocks_and_copies_only_where_forks_differ(seed: int) -
     generator = torch.Generator().manual_seed(seed)
     k, v = drawn(generator, 1, 5, 2)
     position = torch.arange(5)[None]
-    first = RaggedKV.empty(1, 2, 6, F64, block=4).append(k, v, position)
+    first = RaggedKV.empty(1, 2, 6, F64, CacheOptions(block=4)).append(k, v, position)
     second = first.append(k, v, position + 5)
     assert second.pool is first.pool
     fork = first.append(v, k, position + 5)
@@ -116,7 +117,7 @@ def naive(q: Tensor, oracle: Lanes, at: Tensor, scoring: Scoring, window: int | 
 def test_attention_sees_what_lists_hold(window: int | None, softcap: float | None, seed: int) -> None:
     """Lanes of different lengths, one of them empty, and queries at different positions of which some see nothing."""
     generator = torch.Generator().manual_seed(seed)
-    cache, oracle = RaggedKV.empty(2, 3, 6, F64, block=4), Lanes(6)
+    cache, oracle = RaggedKV.empty(2, 3, 6, F64, CacheOptions(block=4)), Lanes(6)
     for start in range(0, 24, 8):
         k, v = drawn(generator, 2, 8, 3)
         position = torch.arange(start, start + 8).expand(2, 8)
@@ -134,7 +135,7 @@ def test_attention_sees_what_lists_hold(window: int | None, softcap: float | Non
 def test_many_blocks_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     k, v = drawn(generator, 1, 50, 2)
-    cache = RaggedKV.empty(1, 2, 6, F64, block=4).append(k, v, torch.arange(50)[None])
+    cache = RaggedKV.empty(1, 2, 6, F64, CacheOptions(block=4)).append(k, v, torch.arange(50)[None])
     q, at = torch.randn(1, 1, 4, 6, generator=generator, dtype=torch.float64), torch.tensor([[49]])
     whole = attend(q, cache, at, Scoring(0.4))
     monkeypatch.setattr("longctx.cache.attend._SCORES", 4 * 2 * 3)  # three blocks
@@ -159,7 +160,7 @@ def test_a_compressed_cache_holds_fewer_bytes(seed: int) -> None:
     k, v = torch.randn(2, 1, 64, 2, 64, generator=generator)
     sizes = []
     for bits in (None, 8, 4):
-        cache = RaggedKV.empty(1, 2, 64, torch.empty(0), codec=Codec(bits)).append(k, v, torch.arange(64)[None])
+        cache = RaggedKV.empty(1, 2, 64, torch.empty(0), CacheOptions(bits=bits)).append(k, v, torch.arange(64)[None])
         sizes.append(cache.pool.nbytes)
         got = cache.lane(1)[0]
         assert (got - k[0, :, 1]).abs().max() <= (0 if bits is None else 5 / (2**bits - 1))

@@ -51,7 +51,7 @@ class SuccessorModel:
         self.widest_logits = max(self.widest_logits, hidden_BTD.shape[:-1].numel())
         return hidden_BTD
 
-    def empty_state(self, batch: int) -> Any:
+    def empty_state(self, batch: int, cache: Any = None) -> Any:
         return ()
 
     def state_survives(self, past: int, length: int) -> bool:
@@ -85,7 +85,7 @@ class ReaderModel:
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         return hidden_BTD
 
-    def empty_state(self, batch: int) -> Any:
+    def empty_state(self, batch: int, cache: Any = None) -> Any:
         return ()
 
     def state_survives(self, past: int, length: int) -> bool:

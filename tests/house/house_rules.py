@@ -11,6 +11,7 @@ ORDER = (
     "sequence",
     "positions",
     "attention",
+    "cache",
     "mixers",
     "model",
     "recurrence",
