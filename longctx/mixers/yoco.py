@@ -37,6 +37,7 @@ class YocoMixer(Mixer):
 
     causal: ClassVar[bool] = True
     takes_memory: ClassVar[bool] = True
+    memory_suffices: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
 

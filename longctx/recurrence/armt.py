@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from longctx.config.schema import Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
-from longctx.model.decoder import CausalLM
+from longctx.mixers.statistics import merged
+from longctx.model.decoder import CausalLM, Hidden, named
 from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.segments import Segment, segments_of
 from longctx.sequence.collectives.summaries import share, tie
@@ -122,10 +123,10 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
         return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
 
-    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Hidden:
         segments = segments_of(context, self.recurrence.segment, 0, self.recurrence.memory)
         carried: list[Associations | None] = [None] * len(self.layers)
-        first_BMD, outputs = self._first(len(x_BTD)), []
+        first_BMD, outputs, parts = self._first(len(x_BTD)), [], []
         for number, segment in enumerate(segments):
             if self._cuts(number):
                 carried = [None if m is None else Associations(*(t.detach() for t in m)) for m in carried]
@@ -134,13 +135,14 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
             for index, layer in enumerate(self.decoder.layers):
                 if (memory := carried[index]) is not None:
                     h_BTD = h_BTD + self._read(index, h_BTD, memory) * _remembering(segment, h_BTD)
-                h_BTD, _, offered = layer(h_BTD, segment.context, None, offered)
+                h_BTD, _, offered, observed = layer(h_BTD, segment.context, None, offered)
+                parts.append(named(observed, index))
                 carried[index] = None
                 if self.recurrence.memory and not last:
                     h_BTD, carried[index] = self._write(index, h_BTD, segment, memory, first_BMD, context)
             end = h_BTD.shape[1] - segment.behind
             outputs.append(self.decoder.norm(h_BTD[:, :end]))
-        return torch.cat(outputs, dim=1)
+        return Hidden(torch.cat(outputs, dim=1), None, merged(parts))
 
     def _read(self, index: int, h_BTD: Tensor, memory: Associations) -> Tensor:
         return _memory(self.layers[index]).read(h_BTD, memory)
@@ -189,7 +191,7 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         for index, layer in enumerate(self.decoder.layers):
             if reads:
                 h_BTD = h_BTD + self._read(index, h_BTD, layers[index])
-            h_BTD, layer_state, offered = layer(h_BTD, context, inner[index], offered)
+            h_BTD, layer_state, offered, _ = layer(h_BTD, context, inner[index], offered)
             states.append(layer_state)
             rows.append(h_BTD)
         return h_BTD, tuple(states), rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longctx.config.schema import Recurrence
 from longctx.mixers.layers import Learned
 from longctx.model.attached import AttachedCausalLM
-from longctx.model.decoder import CausalLM, Output
+from longctx.model.decoder import CausalLM, Hidden, Output
 from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
 
@@ -50,12 +50,12 @@ class SegmentedDecoder(nn.Module, ABC):
         """
         x_BTD = self.decoder.embed_tokens(tokens_BT)
         if isinstance(state, self.State):
-            hidden_BTD, state = self._decode(x_BTD, context, state)
+            (hidden_BTD, state), observed = self._decode(x_BTD, context, state), None
         else:
-            hidden_BTD = self._train(x_BTD, context)
+            hidden_BTD, _, observed = self._train(x_BTD, context)
         hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
+        return Output(loss_sum, hidden_BTD, state, None if observed is None else observed.under("decoder."))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""
@@ -70,8 +70,8 @@ class SegmentedDecoder(nn.Module, ABC):
         return self.decoder.state_survives(1, self.recurrence.segment + 2 * self.recurrence.memory)
 
     @abstractmethod
-    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        """Last hidden states of this rank's tokens, all segments from the first on."""
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Hidden:
+        """Last hidden states of this rank's tokens, all segments from the first on, and what the decoder observed."""
 
     @abstractmethod
     def _decode(self, x_BTD: Tensor, context: SequenceContext, state: Any) -> tuple[Tensor, Any]:
