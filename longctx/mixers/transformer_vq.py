@@ -174,7 +174,8 @@ class RunningCodebook(Statistics):
 
     def forward(self) -> Tensor:
         """The codes, [H, K, E], without gradient."""
-        return self.total_HKE / self.count_HK.clamp(min=FLOOR)[..., None]
+        codebook_HKE: Tensor = self.total_HKE / self.count_HK.clamp(min=FLOOR)[..., None]
+        return codebook_HKE
 
     def start(self, generator: torch.Generator) -> None:
         """Every code as if it had been seen once."""
@@ -192,7 +193,8 @@ class RunningCodebook(Statistics):
 
 def first_codes(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Codes that start as keys are: normal, scaled; [H, K, E]."""
-    return torch.randn(*shape, generator=generator) * shape[-1] ** -0.25
+    scale: float = shape[-1] ** -0.25
+    return torch.randn(*shape, generator=generator) * scale
 
 
 def nearest(k_BTHE: Tensor, codebook_HKE: Tensor) -> Tensor:
