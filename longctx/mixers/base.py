@@ -107,6 +107,13 @@ class Mixer(nn.Module, ABC):
             return []
         raise NotImplementedError(f"{type(self).__name__} does not plan its traffic")
 
+    def held_bytes(self, context: SequenceContext, dtype: torch.dtype) -> int:
+        """Most bytes of tokens of all ranks that a forward and a backward hold here at once, in activations' ``dtype``.
+
+        They grow with the whole sequence, so an option must ask for them; whatever else a mixer holds must not grow.
+        """
+        return 0
+
     def run(self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None) -> Mixed:
         """What a decoder calls: :meth:`forward`, and where a mixer overrides it, a memory and what it observed.
 
