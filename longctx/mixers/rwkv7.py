@@ -24,7 +24,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.errors import UnsupportedError
+from longctx.errors import ConfigError, UnsupportedError
 from longctx.mixers.base import Mixed, Mixer, StateSize
 from longctx.mixers.layers import Learned, Linear
 from longctx.mixers.ops.delta import delta_rule, planned_delta_rule
@@ -87,6 +87,11 @@ class RWKV7Mixer(Mixer):
         self.rate_proj = _low_rank(self.size, options.rate_rank or narrow, inner, nn.Identity())
         self.gate_proj = _low_rank(self.size, options.gate_rank or wide, inner, nn.Sigmoid())
         self.is_first = config.mixers.index(config.mixers[layer]) == layer
+        if options.value_rank and config.mixers.count(config.mixers[layer]) == 1:
+            raise ConfigError(
+                "model.mixer_options.rwkv7.value_rank: has no effect: only one layer is rwkv7, and the first keeps its "
+                "own values; leave it out"
+            )
         if not self.is_first:
             rank = options.value_rank or default_rank(1.7, self.size)
             self.value_proj = _low_rank(self.size, rank, inner, nn.Identity())

@@ -25,7 +25,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "rmt": {"recurrence": {"kind": "rmt", "segment": 11, "memory": 3, "curriculum": ((0, 1), (1, 2), (3, 4))}},
     "armt": {"recurrence": {"kind": "armt", "segment": 11, "memory": 3, "keys": 4, "bptt": 2}},
 }
-MODELS = {**{name: two_layers(name) for name in MIXERS}, **SMALL}
+SHARING = {
+    "layers": "[rwkv7, yoco] * 2", "init_std": 0.05,
+    "mixer_options": {"rwkv7": {"chunk": 4}, "yoco": {"kv": "gathered"}},
+}  # fmt: skip
+"""Two memories in one decoder: the first layer's values, and keys that are gathered once."""
+
+MODELS = {**{name: two_layers(name) for name in MIXERS}, "sharing": SHARING, **SMALL}
 EVERY = [pytest.param(name, marks=() if name in SMALL else pytest.mark.tier2) for name in MODELS]
 
 

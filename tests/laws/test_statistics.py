@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
+from safetensors.torch import load_file
 from test_invisible_sharding_deepspeed import deepspeed
 from torch import Tensor
-from training import Case, build, full_weights
+from training import Case, build, full_weights, model_config
 
 from longctx.checkpoint.format import list_checkpoints
 from longctx.checkpoint.load import load_state, load_weights, restore_engine
 from longctx.checkpoint.save import save_checkpoint
+from longctx.errors import CheckpointError
 from longctx.mixers.statistics import Observed, statistics_of
+from longctx.model.hf import empty_model
 from longctx.train import trainer as trainer_module
 from longctx.train.trainer import Progress, Trainer
 
@@ -222,6 +225,22 @@ def test_resume_repeats_every_digit(change: dict[str, Any], seed: int, pool: Poo
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
     for key in ("loss", "auxiliary_loss", "grad_norm"):
         assert [r[key] for r in resumed.records] == [r[key] for r in straight.records], key
+
+
+def test_a_checkpoint_holds_the_codes_for_evaluation(seed: int, pool: Pool, tmp_path: Path) -> None:
+    """A model built without memory, as for evaluation; one with codes of another kind or number is refused."""
+    case = replace(CASE, seed=seed)
+    pool.run(train_and_save, 1, case, tmp_path)
+    checkpoint, config = list_checkpoints(tmp_path)[-1], model_config(case)
+    model = empty_model(config).to_empty(device="cpu")
+    load_weights(checkpoint, model)
+    stored = load_file(checkpoint / "statistics-00000.safetensors")
+    assert len(stored) == 4 and stored.keys() == statistics_of(model).keys()
+    assert all(torch.equal(buffer, stored[name].float()) for name, buffer in statistics_of(model).items())
+    for change, says in (({"codebook": "gradient"}, "codebook.weight"), ({"codes": 5}, "has shape")):
+        other = config.model_copy(update={"mixer_options": {"transformer_vq": {**OPTIONS, **change}}})
+        with pytest.raises(CheckpointError, match=says):
+            load_weights(checkpoint, empty_model(other).to_empty(device="cpu"))
 
 
 @pytest.mark.tier2

@@ -30,7 +30,9 @@ LENGTH = 21
 
 def config(heads: int = 3, head_dim: int = 4, layers: int = 1, width: int = 10) -> Model:
     shape = {"hidden_size": width, "num_heads": heads, "head_dim": head_dim, "num_layers": layers, "vocab_size": 7}
-    options = {"rwkv7": {"chunk": 4, "decay_rank": 3, "rate_rank": 2, "value_rank": 4, "gate_rank": 5}}
+    options = {"rwkv7": {"chunk": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5}}
+    if layers > 1:
+        options["rwkv7"]["value_rank"] = 4
     rest = {"intermediate_size": 8, "init_std": 0.5, "mixer": "rwkv7", "mixer_options": options}
     return Model.model_validate({**shape, **rest})
 
@@ -147,7 +149,7 @@ EVERY_PATTERN = pytest.mark.parametrize("layers", PATTERNS, ids=["rwkv7", "betwe
 
 
 def decoder(layers: list[str], seed: int, **options: Any) -> CausalLM:
-    given = config(width=12).model_dump(exclude_none=True, exclude={"mixer", "num_layers"})
+    given = config(width=12, layers=2).model_dump(exclude_none=True, exclude={"mixer", "num_layers"})
     return CausalLM(Model.model_validate({**given, "layers": layers, "num_heads": 3}), seed=seed, **options).double()
 
 
