@@ -108,7 +108,7 @@ class Mixer(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not plan its traffic")
 
     def held_bytes(self, context: SequenceContext, dtype: torch.dtype) -> int:
-        """Most bytes of tokens of all ranks that a forward and a backward hold here at once, in activations' ``dtype``.
+        """Most bytes of all ranks' tokens that a forward and a backward in ``dtype`` hold here at once.
 
         They grow with the whole sequence, so an option must ask for them; whatever else a mixer holds must not grow.
         """

@@ -60,7 +60,7 @@ class Statistics(nn.Module, ABC):
         """Take in what all tokens of an optimizer step added up to, the same on every rank."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Statistics":
-        exact = dict(self.named_buffers())
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = self.get_buffer(name)
