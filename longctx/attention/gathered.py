@@ -1,8 +1,8 @@
-"""Attention with all keys and values on every rank: one gather, no ring. For short keys, or as their one reader.
+"""Attention with all keys and values on every rank: one gather, no ring. For short keys, or keys that many layers read.
 
 Llama 3's context parallelism (arXiv 2407.21783, 3.3.2). Holds O(S) keys and values per rank, forward to backward.
 
-Legend: N query rows, M key rows of all ranks, H query heads, K kv heads, E head dim.
+Legend: N query rows, M key rows of all ranks in global order, H query heads, K kv heads, E head dim.
 """
 
 from typing import Any
@@ -33,25 +33,69 @@ class GatheredAttention(torch.autograd.Function):
         ctx: Any, q_NHE: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_H: torch.Tensor | None,
         call: GatheredCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        kv_M2KE = call.rows.gather(torch.stack((k, v), dim=1))
-        partial = Partial.empty(q_NHE)
-        partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
-        out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
-        ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH)
-        ctx.mark_non_differentiable(lse_NH)
-        ctx.call = call
-        return out_NHE, lse_NH
+        return _attend(ctx, q_NHE, call.rows.gather(torch.stack((k, v), dim=1)), sink_H, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call: GatheredCall = ctx.call
-        q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
-        dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
-        dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
-        dkv_M2KE = gradients(
-            dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring,
-            dq_NHE,
-        )  # fmt: skip
-        own = call.rows.scatter_sum(dkv_M2KE).to(kv_M2KE.dtype)
-        return dq_NHE.to(q_NHE.dtype), own[:, 0], own[:, 1], dsink_H, None
+        dq_NHE, dkv_M2KE, dsink_H = _gradients(ctx, dout_NHE)
+        own = ctx.call.rows.scatter_sum(dkv_M2KE).to(dq_NHE.dtype)
+        return dq_NHE, own[:, 0], own[:, 1], dsink_H, None
+
+
+class WholeAttention(torch.autograd.Function):
+    """q_NHE, kv_M2KE that :class:`GatherKeys` has gathered -> out_NHE, lse_NH. Nothing is sent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None, call: GatheredCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _attend(ctx, q_NHE, kv_M2KE, sink_H, call)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dq_NHE, dkv_M2KE, dsink_H = _gradients(ctx, dout_NHE)
+        return dq_NHE, dkv_M2KE.to(dq_NHE.dtype), dsink_H, None
+
+
+class GatherKeys(torch.autograd.Function):
+    """Own kv_N2KE -> kv_M2KE of all ranks. Their gradient, summed over all that read them, is then summed over ranks.
+
+    The latter in fp32 (fp64); what several layers add is rounded to the keys' dtype, as that of any tensor they share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kv_N2KE: torch.Tensor, rows: GatherRows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.gather(kv_N2KE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkv_M2KE: torch.Tensor) -> tuple[torch.Tensor, None]:
+        wide = torch.promote_types(dkv_M2KE.dtype, torch.float32)
+        return ctx.rows.scatter_sum(dkv_M2KE.to(wide)).to(dkv_M2KE.dtype), None
+
+
+def _attend(
+    ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None, call: GatheredCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    partial = Partial.empty(q_NHE)
+    partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
+    out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
+    ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH)
+    ctx.mark_non_differentiable(lse_NH)
+    ctx.call = call
+    return out_NHE, lse_NH
+
+
+def _gradients(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dq in its dtype, dkv of this rank's queries in the wide one, and that of the sink."""
+    call: GatheredCall = ctx.call
+    q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
+    dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
+    dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
+    dkv_M2KE = gradients(
+        dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring, dq_NHE
+    )
+    return dq_NHE.to(q_NHE.dtype), dkv_M2KE, dsink_H

@@ -69,14 +69,19 @@ def exchange(operands: Operands, request: Request) -> Result:
 
 def allgather(operands: Operands, request: Request) -> Result:
     """All keys and values on every rank."""
+    call = gathered_call(request)
+    return _flat(operands, lambda q, k, v, sink: GatheredAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
+
+
+def gathered_call(request: Request) -> GatheredCall:
+    """Attention of this rank's queries over all keys in global order."""
     context, causal, window = request.context, request.causal, request.window
     keys = contiguous(context.length, 1)
     plan = context.once(
         ("gathered plan", causal, window),
         lambda: AttentionPlan(context.layout, keys, context.documents, causal, window),
     )
-    call = GatheredCall(plan, context.rank, gathered_rows(context), request.kernel, request.scoring)
-    return _flat(operands, lambda q, k, v, sink: GatheredAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
+    return GatheredCall(plan, context.rank, gathered_rows(context), request.kernel, request.scoring)
 
 
 SCHEMES: Mapping[str, Callable[[Operands, Request], Result]] = MappingProxyType(

@@ -3,9 +3,10 @@
     step-00000100/
       model.json            the model section of the config, resolved
       state.json            step (the data cursor too: rows follow from it), tokens, optimizer updates, ...
-      index.json            for each tensor set ("model", "exp_avg", "exp_avg_sq"): parameter name -> file
+      index.json            for each tensor set ("model", "exp_avg", "exp_avg_sq", "statistics"): name -> file
       model-00000.safetensors ...       full-precision weights by parameter name
       exp_avg-00000.safetensors ...     first and second moments by parameter name
+      statistics-00000.safetensors ...  running statistics of mixers by buffer name, where there are any
       rng.safetensors       random-number states per rank, as bytes
       tokenizer/            a copy of the corpus's tokenizer
 
@@ -22,6 +23,7 @@ from longctx.errors import CheckpointError
 
 VERSION = 1
 WEIGHTS = "model"
+STATISTICS = "statistics"
 RNG_FILE = "rng.safetensors"
 
 

@@ -1,13 +1,15 @@
 """Reading a checkpoint back into a model and an engine of any ZeRO stage and world size."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longctx.checkpoint.format import RNG_FILE, VERSION, WEIGHTS, read_json, rng_name, rng_states
+from longctx.checkpoint.format import RNG_FILE, STATISTICS, VERSION, WEIGHTS, read_json, rng_name, rng_states
 from longctx.errors import CheckpointError
+from longctx.mixers.statistics import statistics_of
 from longctx.runtime.mesh import Mesh
 from longctx.train.engine import Engine
 from longctx.train.optimizer import MOMENTS
@@ -51,20 +53,27 @@ class TensorSet:
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Copy the weights of a checkpoint into a model of the same parameter names, in the model's dtype.
+    """Copy weights and statistics of a checkpoint into a model of the same names, in the model's dtype.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
-    weights = TensorSet(checkpoint, WEIGHTS)
-    parameters = dict(model.named_parameters())
-    if unknown := sorted(weights.names - set(parameters)):
+    _load(checkpoint, WEIGHTS, dict(model.named_parameters()))
+    statistics = statistics_of(model)
+    if statistics or STATISTICS in read_json(checkpoint / "index.json"):
+        _load(checkpoint, STATISTICS, statistics)
+
+
+@torch.no_grad()
+def _load(checkpoint: Path, kind: str, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy one set of tensors, all of it."""
+    found = TensorSet(checkpoint, kind)
+    if unknown := sorted(found.names - set(targets)):
         raise CheckpointError(
             f"{checkpoint} holds {unknown[0]!r}, which the model does not have; it belongs to another model"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights.read(name, parameter.shape))
+    for name, target in targets.items():
+        target.copy_(found.read(name, target.shape))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 def restore_engine(checkpoint: Path, engine: Engine, updates: int) -> None:
     """Write full-precision weights and moments into the engine's fragments.
 
-    The model was built with :func:`load_weights` before the engine, so low-precision copies are right already.
+    The model was built with :func:`load_weights` before the engine, so low-precision copies and statistics are right.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.

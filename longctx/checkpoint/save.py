@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial as partial_call
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from longctx.checkpoint.format import (
     RNG_FILE,
+    STATISTICS,
     VERSION,
     WEIGHTS,
     checkpoint_folder,
@@ -23,6 +24,7 @@ from longctx.checkpoint.format import (
 )  # fmt: skip
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError
+from longctx.mixers.statistics import statistics_of
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
 from longctx.train.engine import Engine, Fragment
@@ -49,9 +51,9 @@ def save_checkpoint(
     index: dict[str, dict[str, str]] = {}
     if mesh.is_first:
         failure = _attempt(lambda: _fresh(partial))
-    for name, select in _selectors():
+    for name, tensors in _tensor_sets(engine, mesh):
         writer = _ShardWriter(partial, name)
-        for tensor_name, tensor in _gathered(engine, mesh, select):
+        for tensor_name, tensor in tensors:
             if mesh.is_first and failure is None:
                 failure = _attempt(partial_call(writer.add, tensor_name, tensor))
         if mesh.is_first and failure is None:
@@ -83,9 +85,17 @@ def _prune(run: Path, keep: int) -> None:
         shutil.rmtree(left)
 
 
-def _selectors() -> list[tuple[str, Callable[[Fragment], torch.Tensor]]]:
-    moments = [(key, lambda fragment, key=key: fragment.moments[key]) for key in MOMENTS]
-    return [(WEIGHTS, lambda fragment: fragment.weight), *moments]
+def _tensor_sets(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, Iterable[tuple[str, torch.Tensor]]]]:
+    """Weights, moments, and the statistics, which every rank holds whole."""
+    yield WEIGHTS, _gathered(engine, mesh, lambda fragment: fragment.weight)
+    for key in MOMENTS:
+        yield key, _gathered(engine, mesh, partial_call(_moment, key))
+    if statistics := statistics_of(engine.module):
+        yield STATISTICS, statistics.items()
+
+
+def _moment(key: str, fragment: Fragment) -> torch.Tensor:
+    return fragment.moments[key]
 
 
 def _gathered(

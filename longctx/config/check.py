@@ -114,6 +114,13 @@ def _mixer(config: Config) -> Iterator[Problem]:
         yield Problem(("model", key), f"{name!r} is unknown; choices: {', '.join(MIXER_NAMES)}")
 
 
+def _scheme(config: Config) -> Iterator[Problem]:
+    gathers = config.model.mixer_options.get("yoco", {}).get("kv") == "gathered"
+    if gathers and "scheme" in config.sequence.model_fields_set and not set(config.model.mixers) & {"softmax", "mega"}:
+        message = "has no effect: the only layers that attend gather their keys (model.mixer_options.yoco.kv)"
+        yield Problem(("sequence", "scheme"), f"{message}; leave it out, or use kv: ring")
+
+
 def _recurrence(config: Config) -> Iterator[Problem]:
     if config.model.recurrence is None:
         return
@@ -276,7 +283,8 @@ def _packages(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _without_effect, _run, _from_hf, _mixer, _recurrence, _block, _rope, _data, _sequence, _train, _engine, _packages,
+    _without_effect, _run, _from_hf, _mixer, _scheme, _recurrence, _block, _rope, _data, _sequence, _train, _engine,
+    _packages,
 )  # fmt: skip
 
 

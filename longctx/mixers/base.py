@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Section
 from longctx.errors import ConfigError, UnsupportedError
+from longctx.mixers.statistics import Observed
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
@@ -22,6 +23,22 @@ class StateSize(NamedTuple):
 
     per_token: int
     per_sequence: int
+
+
+class Mixed(NamedTuple):
+    """All that a layer hands to a decoder.
+
+    Args:
+        y_BTD: mixed tokens.
+        state: after the last token of all ranks; None where none was given.
+        memory: for later layers of the same mixer, where it was made while mixing; None leaves theirs as it is.
+        observed: in training, what is to be optimised or counted beside the tokens; differentiable.
+    """
+
+    y_BTD: Tensor
+    state: Any
+    memory: Any = None
+    observed: Observed | None = None
 
 
 class Mixer(nn.Module, ABC):
@@ -35,7 +52,10 @@ class Mixer(nn.Module, ABC):
     """What ``model.mixer_options`` may set for it."""
 
     takes_memory: ClassVar[bool] = False
-    """Whether it looks at what an earlier layer offered; a mixer that does not is given no memory."""
+    """Whether it looks at what an earlier layer of the same mixer made; a mixer that does not is given no memory."""
+
+    memory_suffices: ClassVar[bool] = False
+    """Whether a token needs nothing of the others but the memory: then a prompt may leave the decoder early."""
 
     offers: bool = False
     """Whether :meth:`offer` makes a memory for this and later layers."""
@@ -92,6 +112,21 @@ class Mixer(nn.Module, ABC):
             return []
         raise NotImplementedError(f"{type(self).__name__} does not plan its traffic")
 
+    def held_bytes(self, context: SequenceContext, dtype: torch.dtype) -> int:
+        """Most bytes of all ranks' tokens that a forward and a backward in ``dtype`` hold here at once.
+
+        They grow with the whole sequence, so an option must ask for them; whatever else a mixer holds must not grow.
+        """
+        return 0
+
+    def run(self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None) -> Mixed:
+        """What a decoder calls: :meth:`forward`, and where a mixer overrides it, a memory and what it observed.
+
+        Raises:
+            UnsupportedError: a memory is given that it does not take, or one is missing.
+        """
+        return Mixed(*self(x_BTD, context, state, memory))
+
     def forward(
         self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
     ) -> tuple[Tensor, Any]:
@@ -103,9 +138,13 @@ class Mixer(nn.Module, ABC):
         Raises:
             UnsupportedError: a memory is given to a mixer that takes none.
         """
+        self.refuse(memory)
+        return self.mix(x_BTD, context, state)
+
+    def refuse(self, memory: Any) -> None:
+        """Raises UnsupportedError where a memory is given."""
         if memory is not None:
             raise UnsupportedError(f"{type(self).__name__} takes no memory; use a mixer that does, such as yoco")
-        return self.mix(x_BTD, context, state)
 
     def mix(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> tuple[Tensor, Any]:
         """Mix this rank's tokens; returns [B, T, D] and the state after the last token of all ranks.

@@ -1,29 +1,31 @@
 """The time mix of RWKV-7: a matrix state that forgets per channel and replaces what it holds along a direction.
 
 Peng et al., arXiv 2503.14456, section 4. Six mixes with the token before, ``x_m = x_t + mu_m (x_{t-1} - x_t)`` for m of
-r, w, k, v, a, g; r, k and v are linear in theirs. Decay ``w = exp(-exp(-1/2) sigmoid(w0 + tanh(x_w W1) W2))``, learning
-rate in context ``a = sigmoid(a0 + x_a A1 A2)``, gate ``g = sigmoid(x_g G1) G2``. Per head ``kappa = k * xi`` of length
-one, ``k~ = k (1 + (a - 1) alpha)``, and the delta rule ``S_t = S_{t-1} (diag(w) - kappa (kappa * a)^T) + v k~^T``,
-``y = S_t r``. Then a norm per head (with eps 1e-5 E, 64e-5 at the paper's head size), the bonus
+r, w, k, v, a, g; r, k and v are linear in theirs. Above the first layer of the kind v moves towards the one of that
+layer, ``v + (v_first - v) sigmoid(v0 + x_v V1 V2)``. Decay ``w = exp(-exp(-1/2) sigmoid(w0 + tanh(x_w W1) W2))``,
+learning rate in context ``a = sigmoid(a0 + x_a A1 A2)``, gate ``g = sigmoid(x_g G1) G2``. Per head ``kappa = k * xi``
+of length one, ``k~ = k (1 + (a - 1) alpha)``, and the delta rule ``S_t = S_{t-1} (diag(w) - kappa (kappa * a)^T) +
+v k~^T``, ``y = S_t r``. Then a norm per head (with eps 1e-5 E, 64e-5 at the paper's head size), the bonus
 ``(sum r * rho * k~) v``, the gate, and a linear map.
 
-Not here: the residual of the first layer's values (a mixer is given nothing of another layer), and the channel mix (the
-decoder has its own feed-forward). Decay spread, mixes and scales start as in the authors' training code; the matrices
-are drawn like those of every mixer.
+The first layer's values are the memory of the later ones: local to a token, so neither sharding nor decoding needs
+anything for them. Not here: the channel mix (the decoder has its own feed-forward). Decay spread, mixes and scales
+start as in the authors' training code; the matrices are drawn like those of every mixer.
 
 Shapes: B batch, T local tokens, D model, H heads, E head dim.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from longctx.config.schema import Model, Section
-from longctx.mixers.base import Mixer, StateSize
+from longctx.errors import ConfigError, UnsupportedError
+from longctx.mixers.base import Mixed, Mixer, StateSize
 from longctx.mixers.layers import Learned, Linear
 from longctx.mixers.ops.delta import delta_rule, planned_delta_rule
 from longctx.mixers.ops.shapes import by_head
@@ -41,6 +43,9 @@ class RWKV7Options(Section):
     chunk: PositiveInt = Field(32, description="tokens per chunk")
     decay_rank: PositiveInt | None = Field(None, description="rank of the decay; default: 2.5 sqrt(hidden_size)")
     rate_rank: PositiveInt | None = Field(None, description="rank of the learning rate; default: as the decay's")
+    value_rank: PositiveInt | None = Field(
+        None, description="rank of the gate to the first layer's values; default: 1.7 sqrt(hidden_size)"
+    )
     gate_rank: PositiveInt | None = Field(None, description="rank of the gate; default: 5 sqrt(hidden_size)")
 
 
@@ -51,6 +56,12 @@ class RWKV7State(NamedTuple):
     S_BHEE: Tensor
 
 
+class FirstValues(NamedTuple):
+    """Values of the first layer for this rank's tokens, which all later ones mix with theirs."""
+
+    v_BTHE: Tensor
+
+
 class RWKV7Mixer(Mixer):
     """See the top of this file."""
 
@@ -58,6 +69,7 @@ class RWKV7Mixer(Mixer):
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"halo", "scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})
+    takes_memory: ClassVar[bool] = True
 
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__(config, layer)
@@ -74,6 +86,16 @@ class RWKV7Mixer(Mixer):
         self.decay_proj = _low_rank(self.size, options.decay_rank or narrow, inner, nn.Tanh())
         self.rate_proj = _low_rank(self.size, options.rate_rank or narrow, inner, nn.Identity())
         self.gate_proj = _low_rank(self.size, options.gate_rank or wide, inner, nn.Sigmoid())
+        self.is_first = config.mixers.index(config.mixers[layer]) == layer
+        if options.value_rank and config.mixers.count(config.mixers[layer]) == 1:
+            raise ConfigError(
+                "model.mixer_options.rwkv7.value_rank: has no effect: only one layer is rwkv7, and the first keeps its "
+                "own values; leave it out"
+            )
+        if not self.is_first:
+            rank = options.value_rank or default_rank(1.7, self.size)
+            self.value_proj = _low_rank(self.size, rank, inner, nn.Identity())
+            self.value_offset = Learned((inner,), start.value)
         self.decay_offset, self.rate_offset = Learned((inner,), start.decay), Learned((inner,), start.rate)
         self.removed, self.replaced = Learned((inner,), start.removed), Learned((inner,), start.constant(1.02))
         self.bonus = Learned((inner,), start.constant(-0.04))
@@ -97,29 +119,47 @@ class RWKV7Mixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return there + planned_delta_rule(context, self.heads, self.head_dim, self.head_dim, wide) + back
 
-    def mix(
-        self, x_BTD: Tensor, context: SequenceContext, state: RWKV7State | None = None
-    ) -> tuple[Tensor, RWKV7State | None]:
-        """See :class:`Mixer`.
+    def forward(
+        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
+    ) -> tuple[Tensor, Any]:
+        """See :class:`Mixer`; raises what :meth:`run` does."""
+        return self.run(x_BTD, context, state, memory)[:2]
+
+    def run(
+        self, x_BTD: Tensor, context: SequenceContext, state: RWKV7State | None = None, memory: Any = None
+    ) -> Mixed:
+        """See :class:`Mixer`; the first layer's values become the memory of the others.
 
         Raises:
-            UnsupportedError: a memory is given.
+            UnsupportedError: the first layer is given a memory, or a later one none.
         """
+        self._check(memory)
         before, last = halo_before(x_BTD, context, 1, None if state is None else state.last_B1D)
         change = shifted(x_BTD, before, context, 1) - x_BTD
         x = {name: x_BTD + change * mu() for name, mu in self.shifts.items()}
-        r, log_w, k, v, kappa, a = self._operands(x)
+        value_BTHE = by_head(self.v_proj(x["v"]), self.heads)
+        first = FirstValues(value_BTHE) if self.is_first else None
+        r, log_w, k, v, kappa, a = self._operands(x, value_BTHE, memory)
         before_BHEE = None if state is None else state.S_BHEE
         y, after_BHEE = delta_rule(r, log_w, k, v, kappa, a, context, before_BHEE, self.chunk)
         y = self._normed(y) + (r * k * by_head(self.bonus(), self.heads)).sum(-1, keepdim=True) * v
-        mixed = self.o_proj(y.flatten(2).to(x_BTD.dtype) * self.gate_proj(x["g"]))
-        return mixed, None if last is None else RWKV7State(last, after_BHEE)
+        mixed_BTD = self.o_proj(y.flatten(2).to(x_BTD.dtype) * self.gate_proj(x["g"]))
+        return Mixed(mixed_BTD, None if last is None else RWKV7State(last, after_BHEE), first)
 
-    def _operands(self, x: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _check(self, memory: Any) -> None:
+        if self.is_first and memory is not None:
+            raise UnsupportedError("the first rwkv7 layer of a decoder makes the memory of the others and takes none")
+        if not self.is_first and not isinstance(memory, FirstValues):
+            raise UnsupportedError("rwkv7 needs the memory that the first rwkv7 layer of the decoder makes")
+
+    def _operands(self, x: Mapping[str, Tensor], value_BTHE: Tensor, first: FirstValues | None) -> tuple[Tensor, ...]:
         """r, log w, k~, v, kappa and a, each [B, T, H, E] in fp32 (fp64 stays), from the six mixes."""
         wide = torch.promote_types(x["r"].dtype, torch.float32)
-        projected = (self.r_proj(x["r"]), self.k_proj(x["k"]), self.v_proj(x["v"]))
-        r, k, v = (by_head(t, self.heads).to(wide) for t in projected)
+        r, k = (by_head(t, self.heads).to(wide) for t in (self.r_proj(x["r"]), self.k_proj(x["k"])))
+        v = value_BTHE.to(wide)
+        if first is not None:
+            share = by_head(self.value_offset() + self.value_proj(x["v"]), self.heads).to(wide).sigmoid()
+            v = v + (first.v_BTHE.to(wide) - v) * share
         decay = by_head(self.decay_offset() + self.decay_proj(x["w"]), self.heads).to(wide)
         a = by_head(self.rate_offset() + self.rate_proj(x["a"]), self.heads).to(wide).sigmoid()
         kappa = nn.functional.normalize(k * by_head(self.removed(), self.heads), dim=-1)
@@ -155,6 +195,10 @@ class _Start:
     def rate(self, _: torch.Generator) -> Tensor:
         """a0."""
         return 0.4 * self._ramp() - 0.19 + 0.3 * self._in_head()
+
+    def value(self, _: torch.Generator) -> Tensor:
+        """v0."""
+        return 0.73 - 0.4 * self._ramp()
 
     def removed(self, _: torch.Generator) -> Tensor:
         """xi."""

@@ -5,17 +5,23 @@ layer attend to these with queries of their own. With constant-state mixers belo
 ``layers: "[gated_retention*12, yoco*12]"``, a whole decoder keeps the keys and values of one layer, and a prompt runs
 through the lower layers only, but for its last token.
 
+Over ranks, ``kv: ring`` moves keys and values in every layer as ``sequence.scheme`` says and holds a rank's share of
+them; ``kv: gathered`` gathers them once for all layers, and sums their gradient over ranks once. With n layers that is
+about 1 / n of the ring's bytes, for memory that grows with the whole sequence: see :meth:`YocoMixer.held_bytes`.
+
 Shapes: B batch, T local tokens, S past and new tokens, D model, H query heads, K kv heads, E head dim.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from longctx.attention import attention
+from longctx.attention.shared import attention_over_gathered, gather_keys, gathered_bytes, planned_gather
 from longctx.attention.traffic import Call, planned_traffic
-from longctx.config.schema import Model
+from longctx.config.schema import Model, Section
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear
@@ -32,16 +38,35 @@ class SharedKV(NamedTuple):
     v_BSKE: Tensor
 
 
+class GatheredKV(NamedTuple):
+    """The same of all ranks in global order; and this rank's own, where a state is asked for."""
+
+    kv_M2KE: Tensor
+    own: SharedKV | None
+
+
+class YocoOptions(Section):
+    """What can be set."""
+
+    kv: Literal["ring", "gathered"] = Field(
+        "ring", description="over ranks, keys move in every layer, or are gathered once for all layers"
+    )
+
+
 class YocoMixer(Mixer):
     """See the top of this file."""
 
+    Options: ClassVar[type[Section]] = YocoOptions
     causal: ClassVar[bool] = True
     takes_memory: ClassVar[bool] = True
+    memory_suffices: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
 
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__(config, layer)
+        options: YocoOptions = self.options(config, layer)
+        self.gathers = options.kv == "gathered"
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_size
         self.offers = config.mixers.index(config.mixers[layer]) == layer
         self.rope = RotaryEmbedding.from_config(config)
@@ -70,15 +95,31 @@ class YocoMixer(Mixer):
 
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
         """See :class:`Mixer`."""
-        return planned_traffic(context, Call(self.heads, self.kv_heads, self.head_dim, dtype))
+        call = self._call(dtype)
+        if not self.gathers:
+            return planned_traffic(context, call)
+        return planned_gather(context, call) if self.offers else []
 
-    def offer(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None = None) -> SharedKV:
-        """Keys and values of the state's tokens and of these.
+    def held_bytes(self, context: SequenceContext, dtype: torch.dtype) -> int:
+        """See :class:`Mixer`; for all layers together."""
+        return gathered_bytes(context, self._call(dtype)) if self.gathers and self.offers else 0
+
+    def _call(self, dtype: torch.dtype) -> Call:
+        return Call(self.heads, self.kv_heads, self.head_dim, dtype)
+
+    def offer(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None = None) -> SharedKV | GatheredKV:
+        """Keys and values of the state's tokens and of these; on one rank there is nothing to gather.
 
         Raises:
             ValueError: the state does not hold the tokens before these.
             UnsupportedError: its keys are of another rotary table than this length has.
         """
+        own = self._own(x_BTD, context, state)
+        if not self.gathers or context.degree == 1:
+            return own
+        return GatheredKV(gather_keys(*own, context), None if state is None else own)
+
+    def _own(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None) -> SharedKV:
         k_BTKE, v_BTKE = (by_head(p(x_BTD), self.kv_heads) for p in (self.k_proj, self.v_proj))
         k_BTKE = self.rope.rotate(k_BTKE, self._cos_sin(x_BTD, context))
         held = 0 if state is None else state.k_BSKE.shape[1]
@@ -99,15 +140,18 @@ class YocoMixer(Mixer):
         """See :class:`Mixer`; the first layer makes the memory itself where none is given.
 
         Raises:
-            UnsupportedError: the memory is no :class:`SharedKV`, or missing in a layer that makes none.
+            UnsupportedError: the memory is none of the first layer's, or missing in a layer that makes none.
         """
         if memory is None and self.offers:
             memory = self.offer(x_BTD, context, state)
-        if not isinstance(memory, SharedKV):
+        if not isinstance(memory, SharedKV | GatheredKV):
             raise UnsupportedError("yoco needs the memory that the first yoco layer of the decoder makes")
         q_BTHE = self.rope.rotate(by_head(self.q_proj(x_BTD), self.heads), self._cos_sin(x_BTD, context))
-        mixed_BTHE = attention(q_BTHE, *memory, context, causal=True)
-        return self.o_proj(mixed_BTHE.flatten(2)), memory if self.offers and state is not None else state
+        if isinstance(memory, GatheredKV):
+            mixed_BTHE, own = attention_over_gathered(q_BTHE, memory.kv_M2KE, context), memory.own
+        else:
+            mixed_BTHE, own = attention(q_BTHE, *memory, context, causal=True), memory
+        return self.o_proj(mixed_BTHE.flatten(2)), own if self.offers and state is not None else state
 
     def _cos_sin(self, x_BTD: Tensor, context: SequenceContext) -> Any:
         return self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)

@@ -14,7 +14,7 @@ from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from longctx.model.attach import attach
-from longctx.model.decoder import Output
+from longctx.model.decoder import Hidden, Output
 from longctx.model.head import OutputHead, Shaping
 from longctx.sequence.context import SequenceContext
 
@@ -59,9 +59,9 @@ class AttachedCausalLM(nn.Module):
         x_BTD: Tensor = self.hf.get_input_embeddings()(tokens_BT)
         return x_BTD
 
-    def run(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> tuple[Tensor, Any]:
+    def run(self, x_BTD: Tensor, context: SequenceContext, state: Any = None) -> Hidden:
         """Last hidden states [B, T, D] of embedded tokens."""
-        return self.hf.base_model(inputs_embeds=x_BTD, longctx=context).last_hidden_state, state
+        return Hidden(self.hf.base_model(inputs_embeds=x_BTD, longctx=context).last_hidden_state, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AttachedCausalLM":
         """As any module's, but rotary frequencies and their like are never rounded to half precision."""

@@ -30,7 +30,7 @@ from longctx.errors import ConfigError, UnsupportedError
 from longctx.mixers.dense_softmax import DenseSoftmaxMixer
 from longctx.mixers.layers import Embedding, Learned, Linear, RMSNorm
 from longctx.mixers.softmax import KVState
-from longctx.model.decoder import CausalLM, DecoderLayer, Output, State
+from longctx.model.decoder import CausalLM, DecoderLayer, Hidden, Output, State
 from longctx.sequence.blocks import Blocks, blocks_of
 from longctx.sequence.collectives.halo import rows_at
 from longctx.sequence.context import SequenceContext
@@ -89,13 +89,13 @@ class BlockTransformer(CausalLM):
         if state is None:
             if context.past:
                 raise ValueError(f"the context has {context.past} past tokens but no state holds them")
-            hidden_BTD = self._whole(tokens_BT, blocks_of(context, self.size))
+            hidden_BTD, _, observed = self._whole(tokens_BT, blocks_of(context, self.size))
             hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         else:
             self._check_state(state, context)
-            hidden_BTD, state = self._decode(tokens_BT, context, state, last_only)
+            hidden_BTD, state, observed = self._decode(tokens_BT, context, state, last_only)
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
+        return Output(loss_sum, hidden_BTD, state, observed)
 
     def empty_state(self, batch: int, cache: CacheOptions | None = None) -> Any:
         """See :class:`CausalLM`."""
@@ -108,19 +108,19 @@ class BlockTransformer(CausalLM):
         """See :class:`CausalLM`; the block decoder's positions count blocks."""
         return super().state_survives(past // self.size, length // self.size)
 
-    def _whole(self, tokens_BT: Tensor, blocks: Blocks) -> Tensor:
-        """Hidden states [B, T, D] of all tokens of a context."""
+    def _whole(self, tokens_BT: Tensor, blocks: Blocks) -> Hidden:
+        """All tokens of a context."""
         device, own_1T = tokens_BT.device, tokens_BT.reshape(1, -1)
         near_1M = rows_at(own_1T, blocks.tokens, "tokens of blocks", blocks.tokens_wanted)
         ids_M = torch.cat((own_1T, near_1M, own_1T.new_zeros(1, 1)), dim=1)[0]
         x_1ND = self._embed_blocks(ids_M[blocks.on(device, "of_blocks_NC")])[None]
-        after_1ND, _ = self.run(x_1ND, blocks.blocks)
+        after_1ND, _, observed = self.run(x_1ND, blocks.blocks)
         near_1MD = rows_at(after_1ND, blocks.blocks, "blocks before", blocks.blocks_wanted)
         known_MD = torch.cat((self.first_context()[None], after_1ND[0], near_1MD[0]))
         before_GD = known_MD.index_select(0, blocks.on(device, "before_G"))
         h_GCD, _ = self._groups(before_GD, ids_M[blocks.on(device, "of_groups_GC")])
         h_TD = h_GCD.flatten(0, 1).index_select(0, blocks.on(device, "outputs_T"))
-        return h_TD.view(*tokens_BT.shape, h_TD.shape[1])
+        return Hidden(h_TD.view(*tokens_BT.shape, h_TD.shape[1]), None, observed)
 
     def _embed_blocks(self, ids_NC: Tensor) -> Tensor:
         x_ND: Tensor = self.block_embed(ids_NC).flatten(-2)
@@ -142,7 +142,7 @@ class BlockTransformer(CausalLM):
         context = SequenceContext.single(1, past).extend(x_GJD.shape[1])
         kept = []
         for index, layer in enumerate(self.token_layers):
-            x_GJD, layer_state, _ = layer(x_GJD, context, state[index] if state else None)
+            x_GJD, layer_state, _, _ = layer(x_GJD, context, state[index] if state else None)
             kept.append(layer_state)
         return self.token_norm(x_GJD[:, start:]), tuple(kept)
 
@@ -155,10 +155,8 @@ class BlockTransformer(CausalLM):
                 f"tokens, which leave {context.past % self.size} beside blocks of {self.size}"
             )
 
-    def _decode(
-        self, tokens_BT: Tensor, context: SequenceContext, state: BlockState, last_only: bool
-    ) -> tuple[Tensor, BlockState]:
-        """Hidden states of tokens that follow ``context.past`` ones."""
+    def _decode(self, tokens_BT: Tensor, context: SequenceContext, state: BlockState, last_only: bool) -> Hidden:
+        """Tokens that follow ``context.past`` ones."""
         inside, opened = state.inside, state.open_BR.shape[1]
         if context.past == 0:
             before_BD = self.first_context().expand(len(tokens_BT), -1)
@@ -176,7 +174,7 @@ class BlockTransformer(CausalLM):
             outputs.append(hidden)
         hidden_BTD = torch.cat(outputs, dim=1)
         hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
-        return hidden_BTD, BlockState(before, inside, ids[:, full * self.size :])
+        return Hidden(hidden_BTD, BlockState(before, inside, ids[:, full * self.size :]))
 
     def _close(
         self, ids: Tensor, full: int, past: int, before: State, last_only: bool
@@ -190,7 +188,7 @@ class BlockTransformer(CausalLM):
         batch, size, rest = len(ids), self.size, ids.shape[1] - full * self.size
         blocks_BNC = ids[:, : full * size].view(batch, full, size)
         context = SequenceContext.single(batch, past).extend(full)
-        after_BND, blocks = self.run(self._embed_blocks(blocks_BNC), context, before, last_only)
+        after_BND, blocks, _ = self.run(self._embed_blocks(blocks_BNC), context, before, last_only)
         assert blocks is not None
         groups = after_BND.shape[1]
         following = nn.functional.pad(ids[:, (full - groups + 1) * size :], (0, size - rest))

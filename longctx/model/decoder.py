@@ -7,7 +7,7 @@ Shapes: B batch, T local tokens, D model, F feed-forward, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from longctx.config.schema import Model
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS, Mixer
 from longctx.mixers.layers import Embedding, Learned, Linear, RMSNorm
+from longctx.mixers.statistics import Observed, Statistics, merged
 from longctx.model.head import OutputHead
 from longctx.model.recompute import recomputed
 from longctx.sequence.context import SequenceContext
@@ -27,12 +28,38 @@ State = tuple[Any, ...]
 """Decode state of a model: one entry per layer."""
 
 
+Memory = Mapping[str, Any]
+"""What layers have made for those above, by the name of their mixer."""
+
+
 class Output(NamedTuple):
-    """What a forward returns: summed loss (None without labels), last hidden states [B, T, D], new state or None."""
+    """What a forward returns.
+
+    Summed loss (None without labels), last hidden states [B, T, D], new state or None, and in training what the mixers
+    observed beside the token loss (None: nothing).
+    """
 
     loss_sum: Tensor | None
     hidden_BTD: Tensor
     state: State | None
+    observed: Observed | None = None
+
+
+class Hidden(NamedTuple):
+    """Last hidden states [B, T, D], new state or None, and what was observed."""
+
+    hidden_BTD: Tensor
+    state: Any
+    observed: Observed | None = None
+
+
+class LayerOutput(NamedTuple):
+    """The tokens after a layer, its new state, the memory for the layers above, and what its mixer observed."""
+
+    x_BTD: Tensor
+    state: Any
+    memory: Memory
+    observed: Observed | None
 
 
 class SwiGLU(nn.Module):
@@ -59,37 +86,44 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: Model, layer: int, recompute: bool = False, mixer: Mixer | None = None) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.kind = recompute, config.mixers[layer]
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = mixer or MIXERS[config.mixers[layer]](config, layer)
+        self.mixer = mixer or MIXERS[self.kind](config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None, last: bool = False
-    ) -> tuple[Tensor, Any, Any]:
-        """The tokens after this layer, its new state (state None in, None out), and the memory for the layers above.
+        self,
+        x_BTD: Tensor,
+        context: SequenceContext,
+        state: Any = None,
+        memory: Memory | None = None,
+        last: bool = False,
+    ) -> LayerOutput:
+        """The tokens after this layer, its new state (state None in, None out), and what it hands on.
 
         Args:
+            memory: what the layers below have made.
             last: give the last token alone, after all have entered the memory that this layer offers.
         """
+        memory = memory or {}
         if not (self.recompute and torch.is_grad_enabled()):
             return self._run(x_BTD, context, state, memory, last)
-        result: tuple[Tensor, Any, Any] = recomputed(self._run, x_BTD, context.keeping(Kept()), state, memory, last)
+        result: LayerOutput = recomputed(self._run, x_BTD, context.keeping(Kept()), state, memory, last)
         return result
 
-    def _run(
-        self, x_BTD: Tensor, context: SequenceContext, state: Any, memory: Any, last: bool
-    ) -> tuple[Tensor, Any, Any]:
+    def _run(self, x_BTD: Tensor, context: SequenceContext, state: Any, memory: Memory, last: bool) -> LayerOutput:
         mixer = self.mixer
         normed_BTD = self.mixer_norm(x_BTD)
         if mixer.offers:
-            memory = mixer.offer(normed_BTD, context, state)
+            memory = {**memory, self.kind: mixer.offer(normed_BTD, context, state)}
         if last:
             x_BTD, normed_BTD, context = x_BTD[:, -1:], normed_BTD[:, -1:], context.last()
-        mixed_BTD, state = mixer(normed_BTD, context, state, memory if mixer.takes_memory else None)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state, memory
+        mixed = mixer.run(normed_BTD, context, state, memory.get(self.kind) if mixer.takes_memory else None)
+        if mixed.memory is not None:
+            memory = {**memory, self.kind: mixed.memory}
+        x_BTD = x_BTD + mixed.y_BTD
+        return LayerOutput(x_BTD + self.mlp(self.mlp_norm(x_BTD)), mixed.state, memory, mixed.observed)
 
 
 class CausalLM(nn.Module):
@@ -169,9 +203,9 @@ class CausalLM(nn.Module):
             last_only: with a state, hidden states of the last token alone: the others leave the decoder where no later
                 layer needs them (YOCO's early exit), and nothing of a token is lost to the state.
         """
-        hidden_BTD, state = self.run(self.embed_tokens(tokens_BT), context, state, last_only)
+        hidden_BTD, after, observed = self.run(self.embed_tokens(tokens_BT), context, state, last_only)
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
+        return Output(loss_sum, hidden_BTD, after, observed)
 
     def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
         """Embeddings [B, T, D]."""
@@ -180,24 +214,27 @@ class CausalLM(nn.Module):
 
     def run(
         self, x_BTD: Tensor, context: SequenceContext, state: Sequence[Any] | None = None, last_only: bool = False
-    ) -> tuple[Tensor, State | None]:
-        """Last hidden states [B, T, D] of embedded tokens (see ``last_only`` above), and the new state or None."""
-        new_state, memory = [], None
+    ) -> Hidden:
+        """Last hidden states [B, T, D] of embedded tokens (see ``last_only`` above), and what else they give."""
+        new_state, memory, parts = [], None, []
         leaves = self._exit if last_only and state is not None else None
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
-            x_BTD, layer_state, memory = layer(x_BTD, context, before, memory, index == leaves)
+            x_BTD, layer_state, memory, observed = layer(x_BTD, context, before, memory, index == leaves)
             context = context.last() if index == leaves else context
             new_state.append(layer_state)
+            parts.append(named(observed, index))
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        return self.norm(x_BTD), None if state is None else tuple(new_state)
+        return Hidden(self.norm(x_BTD), None if state is None else tuple(new_state), merged(parts))
 
     @property
     def _exit(self) -> int | None:
-        """The layer that makes the memory, if it and all above keep nothing else of a token."""
-        mixers = [_layer(layer).mixer for layer in self.layers]
+        """The layer that makes the memory, if it and all above are of its kind and keep nothing else of a token."""
+        mixers, kinds = [_layer(layer).mixer for layer in self.layers], self.config.mixers
         first = next((index for index, mixer in enumerate(mixers) if mixer.offers), None)
-        return first if first is not None and all(mixer.takes_memory for mixer in mixers[first:]) else None
+        if first is None or not mixers[first].memory_suffices:
+            return None
+        return first if set(kinds[first:]) == {kinds[first]} else None
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""
@@ -214,7 +251,7 @@ class CausalLM(nn.Module):
 
 @torch.no_grad()
 def draw_weights(module: nn.Module, std: float, seed: int, leave: str | None = None) -> None:
-    """See :meth:`CausalLM.init_weights`; parameters whose name starts with ``leave`` are left as they are."""
+    """See :meth:`CausalLM.init_weights`, statistics included; what has a name that starts with ``leave`` is left."""
     drawn = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, Learned)}
     for name, parameter in module.named_parameters():
         if parameter.is_meta or (leave is not None and name.startswith(leave)):
@@ -223,6 +260,10 @@ def draw_weights(module: nn.Module, std: float, seed: int, leave: str | None = N
             parameter.copy_(drawn[name].initial(generator_of(name, seed)))
         else:
             parameter.copy_(initial_weight(name, parameter.shape, std, seed))
+    for name, part in module.named_modules():
+        left = leave is not None and name.startswith(leave)
+        if isinstance(part, Statistics) and not left and not any(buffer.is_meta for buffer in part.buffers()):
+            part.start(generator_of(name, seed))
 
 
 def initial_weight(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
@@ -245,6 +286,11 @@ def parameter_shapes(config: Model) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = CausalLM(config, seed=None)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def named(observed: Observed | None, layer: int) -> Observed | None:
+    """What the mixer of a layer observed, with names as its decoder knows them."""
+    return None if observed is None else observed.under(f"layers.{layer}.mixer.")
 
 
 def _layer(module: nn.Module) -> DecoderLayer:

@@ -24,7 +24,8 @@ from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
-from longctx.model.decoder import CausalLM
+from longctx.mixers.statistics import Observed, merged
+from longctx.model.decoder import CausalLM, Hidden, named
 from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.carriers import Carried, Wavefront
 from longctx.recurrence.segments import Segment, own_segments_of, segments_of
@@ -140,7 +141,7 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         features = 6 * ((config.recurrence.keys if config.recurrence else None) or _KEYS)
         return config.num_layers * features * (config.hidden_size + 1)
 
-    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Hidden:
         length, tokens = self.recurrence.segment, self.recurrence.memory
         if self.recurrence.wavefront:
             segments = own_segments_of(context, length, tokens)
@@ -148,13 +149,13 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         else:
             segments = segments_of(context, length, 0, tokens)
         carrier = self._carrier(x_BTD, context)
-        first_BMD, outputs = self._first(len(x_BTD)), [x_BTD[:, :0]]
+        first_BMD, outputs, parts = self._first(len(x_BTD)), [x_BTD[:, :0]], []
         for segment in segments:
             h_BTD = torch.cat((x_BTD[:, segment.rows], first_BMD[:, : segment.behind]), dim=1)
-            h_BTD = self._segment(h_BTD, segment, first_BMD, carrier, segment.stop == context.length)
+            h_BTD, observed = self._segment(h_BTD, segment, first_BMD, carrier, segment.stop == context.length)
+            parts += observed
             outputs.append(h_BTD[:, : h_BTD.shape[1] - segment.behind])
-        normed_BTD: Tensor = self.decoder.norm(torch.cat(outputs, dim=1))
-        return normed_BTD
+        return Hidden(self.decoder.norm(torch.cat(outputs, dim=1)), None, merged(parts))
 
     def _carrier(self, x_BTD: Tensor, context: SequenceContext) -> Carried | Wavefront:
         if not self.recurrence.wavefront:
@@ -164,9 +165,9 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
 
     def _segment(
         self, h_BTD: Tensor, segment: Segment, first_BMD: Tensor, carrier: Carried | Wavefront, last: bool
-    ) -> Tensor:
-        """All layers, each with the associations of the segment before."""
-        remembers = bool(self.recurrence.memory)
+    ) -> tuple[Tensor, list[Observed | None]]:
+        """All layers, each with the associations of the segment before; the hidden states and what was observed."""
+        remembers, parts = bool(self.recurrence.memory), []
         h_BTD, offered = carrier.enter(segment.number, h_BTD) if remembers else h_BTD, None
         for index, layer in enumerate(self.decoder.layers):
             memory = None
@@ -174,11 +175,12 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
                 h_BTD, taken = carrier.take(index, h_BTD)
                 memory = Associations(*taken)
                 h_BTD = h_BTD + self._read(index, h_BTD, memory) * _remembering(segment, h_BTD)
-            h_BTD, _, offered = layer(h_BTD, segment.context, None, offered)
+            h_BTD, _, offered, observed = layer(h_BTD, segment.context, None, offered)
+            parts.append(named(observed, index))
             if remembers and not last:
                 h_BTD, memory = self._write(index, h_BTD, segment, memory, first_BMD)
                 h_BTD = carrier.give(index, h_BTD, memory)
-        return carrier.leave(h_BTD) if remembers else h_BTD
+        return (carrier.leave(h_BTD) if remembers else h_BTD), parts
 
     def _read(self, index: int, h_BTD: Tensor, memory: Associations) -> Tensor:
         return _memory(self.layers[index]).read(h_BTD, memory)
@@ -226,7 +228,7 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         for index, layer in enumerate(self.decoder.layers):
             if reads:
                 h_BTD = h_BTD + self._read(index, h_BTD, layers[index])
-            h_BTD, layer_state, offered = layer(h_BTD, context, inner[index], offered)
+            h_BTD, layer_state, offered, _ = layer(h_BTD, context, inner[index], offered)
             states.append(layer_state)
             rows.append(h_BTD)
         return h_BTD, tuple(states), rows

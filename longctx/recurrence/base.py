@@ -14,7 +14,7 @@ from longctx.config.schema import Model, Recurrence
 from longctx.mixers.base import StateSize
 from longctx.mixers.layers import Learned
 from longctx.model.attached import AttachedCausalLM
-from longctx.model.decoder import CausalLM, Output
+from longctx.model.decoder import CausalLM, Hidden, Output
 from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
 
@@ -52,12 +52,12 @@ class SegmentedDecoder(nn.Module, ABC):
         """
         x_BTD = self.decoder.embed_tokens(tokens_BT)
         if isinstance(state, self.State):
-            hidden_BTD, state = self._decode(x_BTD, context, state)
+            (hidden_BTD, state), observed = self._decode(x_BTD, context, state), None
         else:
-            hidden_BTD = self._train(x_BTD, context)
+            hidden_BTD, _, observed = self._train(x_BTD, context)
         hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, state)
+        return Output(loss_sum, hidden_BTD, state, None if observed is None else observed.under("decoder."))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of hidden states."""
@@ -98,8 +98,8 @@ class SegmentedDecoder(nn.Module, ABC):
         """Numbers that are handed from one segment to the next."""
 
     @abstractmethod
-    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        """Last hidden states of this rank's tokens, all segments from the first on."""
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Hidden:
+        """Last hidden states of this rank's tokens, all segments from the first on, and what the decoder observed."""
 
     @abstractmethod
     def _decode(self, x_BTD: Tensor, context: SequenceContext, state: Any) -> tuple[Tensor, Any]:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model, Recurrence
+from longctx.mixers.statistics import merged
 from longctx.model.attached import AttachedCausalLM
+from longctx.model.decoder import Hidden
 from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.segments import segments_of
 from longctx.sequence.collectives.summaries import share, tie
@@ -52,23 +54,24 @@ class RecurrentMemory(SegmentedDecoder):
         """See :class:`SegmentedDecoder`."""
         return config.hidden_size * config.recurrence.memory if config.recurrence else 0
 
-    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def _train(self, x_BTD: Tensor, context: SequenceContext) -> Hidden:
         size = self.recurrence.memory
         segments = segments_of(context, self.recurrence.segment, size, size)
         first_BMD = memory_BMD = self._first(len(x_BTD))
-        outputs = []
+        outputs, parts = [], []
         for number, segment in enumerate(segments):
             memory_BMD = memory_BMD.detach() if self._cuts(number) else memory_BMD
             read = _where(segment.fresh_read, first_BMD, memory_BMD)[:, : segment.before]
             written = _where(segment.fresh_write, first_BMD, memory_BMD)[:, : segment.behind]
             rows = torch.cat((read, x_BTD[:, segment.rows], written), dim=1)
-            hidden, _ = self.decoder.run(rows, segment.context)
+            hidden, _, observed = self.decoder.run(rows, segment.context)
+            parts.append(observed)
             end = hidden.shape[1] - segment.behind
             outputs.append(hidden[:, segment.before : end])
             if size and number + 1 < len(segments):
                 memory_BMD = share(hidden[:, end:] if segment.behind else first_BMD, segment.owner, context)
                 outputs[-1] = tie(outputs[-1], memory_BMD)
-        return torch.cat(outputs, dim=1)
+        return Hidden(torch.cat(outputs, dim=1), None, merged(parts))
 
     def _decode(self, x_BTD: Tensor, context: SequenceContext, state: MemoryState) -> tuple[Tensor, MemoryState]:
         size, length, outputs = self.recurrence.memory, self.recurrence.segment, []
@@ -78,13 +81,13 @@ class RecurrentMemory(SegmentedDecoder):
             start, batch = position % length, len(part)
             if start == 0:
                 before = SequenceContext.single(batch, size)
-                inner = self.decoder.run(memory_BMD, before, self.decoder.empty_state(batch))[1]
+                inner = self.decoder.run(memory_BMD, before, self.decoder.empty_state(batch)).state
             now = SequenceContext.single(batch, size + start).extend(part.shape[1])
-            hidden, inner = self.decoder.run(part, now, inner)
+            hidden, inner, _ = self.decoder.run(part, now, inner)
             outputs.append(hidden)
             position += part.shape[1]
             if position % length == 0:
-                memory_BMD, inner = self.decoder.run(memory_BMD, now.extend(size), inner)[0], None
+                memory_BMD, inner = self.decoder.run(memory_BMD, now.extend(size), inner).hidden_BTD, None
             state = MemoryState(memory_BMD, inner)
         return torch.cat(outputs, dim=1), state
 

@@ -16,6 +16,8 @@ from longctx.attention.choice import Choice, choose_scheme
 from longctx.attention.traffic import Call
 from longctx.config.schema import Config, Model
 from longctx.errors import LongctxError
+from longctx.mixers.statistics import Observed, merged
+from longctx.model.decoder import Output
 from longctx.recurrence.segments import layout_maker, with_resets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
@@ -23,6 +25,7 @@ from longctx.sequence.layout import Documents
 from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
 from longctx.train.engine import Engine
 from longctx.train.flops import flops_per_token, peak_flops
+from longctx.train.observed import absorb, over_ranks
 from longctx.train.schedule import learning_rate
 
 Record = dict[str, Any]
@@ -60,7 +63,8 @@ class Trainer:
     """Runs optimizer steps until ``config.train.steps``.
 
     The loss of a step is the sum of token losses over all micro-batches and ranks divided by the count of labels over
-    all micro-batches and ranks, known before the first backward.
+    all micro-batches and ranks, known before the first backward. What mixers want optimised beside it is divided by
+    the count of tokens, enters the gradient and the field ``auxiliary_loss`` of the record, not its ``loss``.
     """
 
     config: Config
@@ -135,14 +139,17 @@ class Trainer:
         train = self.config.train
         micro_batches = self._read(step_rows(self.progress.step, train.batch, self.mesh))
         labels, tokens, data_hash = self._totals(micro_batches)
-        loss = self._accumulate(micro_batches, labels)
+        loss, observed = self._accumulate(micro_batches, labels, tokens)
         lr = learning_rate(train, self.progress.step + 1)
         update = self.engine.step(lr, hold=not math.isfinite(loss))
+        if observed is not None and update.applied:
+            absorb(self.engine.module, observed)
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.nonfinite += not update.applied
         seconds = time.perf_counter() - started
-        return self._record(loss, update.grad_norm, not update.applied, lr, data_hash, seconds)
+        record = self._record(loss, update.grad_norm, not update.applied, lr, data_hash, seconds)
+        return record if observed is None else {**record, "auxiliary_loss": finite(float(observed.loss_sum) / tokens)}
 
     @torch.no_grad()
     def evaluate(self, rows: RowSource, count: int) -> tuple[float, int]:
@@ -154,7 +161,8 @@ class Trainer:
         for turn in range(-(-count // self.mesh.data.size)):
             row = share[turn] if turn < len(share) else 0
             (batch,) = read_micro_batches(rows, range(row, row + 1), 1, self.context)
-            loss_sum = self._forward(batch)
+            loss_sum = self._forward(batch).loss_sum
+            assert loss_sum is not None
             if turn < len(share):
                 total[0] += loss_sum
                 total[1] += batch.labels
@@ -172,22 +180,29 @@ class Trainer:
         labels, tokens, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
         return max(int(labels), 1), int(tokens), int(digest)
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], labels: int) -> float:
-        """Backward through every micro-batch; returns the loss of the whole step."""
+    def _accumulate(
+        self, micro_batches: Sequence[MicroBatch], labels: int, tokens: int
+    ) -> tuple[float, Observed | None]:
+        """Backward through every micro-batch; the token loss of the whole step, and what all ranks observed in it."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        observed: Observed | None = None
         for index, batch in enumerate(micro_batches):
-            loss_sum = self._forward(batch)
+            output = self._forward(batch)
+            assert output.loss_sum is not None
             # Engines average over the world; the sum over ranks is what is wanted.
-            self.engine.backward(loss_sum * (self.mesh.world.size / labels), last=index == len(micro_batches) - 1)
-            total += loss_sum.detach()  # read once, at the end: reading waits for the device
-        return float(self.mesh.all_reduce(total)) / labels
+            loss = output.loss_sum * (self.mesh.world.size / labels)
+            if output.observed is not None:
+                loss = loss + output.observed.loss_sum * (self.mesh.world.size / tokens)
+                observed = merged((observed, output.observed.detached()))
+            self.engine.backward(loss, last=index == len(micro_batches) - 1)
+            total += output.loss_sum.detach()  # read once, at the end: reading waits for the device
+        loss_of_step = float(self.mesh.all_reduce(total)) / labels
+        return loss_of_step, None if observed is None else over_ranks(observed, self.mesh)
 
-    def _forward(self, batch: MicroBatch) -> torch.Tensor:
+    def _forward(self, batch: MicroBatch) -> Output:
         device = self.mesh.device
         tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
-        loss_sum = self.engine.forward(tokens_BT, batch.context, labels_BT, self.config.train.loss_chunk).loss_sum
-        assert loss_sum is not None
-        return loss_sum
+        return self.engine.forward(tokens_BT, batch.context, labels_BT, self.config.train.loss_chunk)
 
     def _record(
         self, loss: float, grad_norm: float | None, skipped: bool, lr: float, data_hash: int, seconds: float

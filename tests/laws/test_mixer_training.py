@@ -28,7 +28,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 LARGE: dict[str, dict[str, Any]] = {
     "block": {"layers": "[softmax, gated_retention]", "block": {"size": 4, "layers": 2}, "init_std": 0.05},
-}
+    "sharing": {
+        # Two memories in one decoder: the first layer's values, and keys that are gathered once.
+        "layers": "[rwkv7, yoco] * 2", "init_std": 0.05,
+        "mixer_options": {"rwkv7": {"chunk": 4}, "yoco": {"kv": "gathered"}},
+    },
+}  # fmt: skip
+
 MODELS = {**{name: two_layers(name) for name in MIXERS}, **LARGE, **SMALL}
 EVERY = [pytest.param(name, marks=() if name in SMALL else pytest.mark.tier2) for name in MODELS]
 

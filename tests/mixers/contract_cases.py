@@ -160,6 +160,12 @@ def outputs_of(problem: Problem, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [context.unshard(mixer(context.shard(x), context)[0]) for x in inputs]
 
 
+def held_bytes(problem: Problem) -> int:
+    """What the mixer says it holds of tokens of all ranks; collective."""
+    (context,) = problem.contexts(sequence_group())
+    return problem.layer().mixer.held_bytes(context, torch.float64)
+
+
 def peak_bytes(problem: Problem) -> int:
     """Most bytes this rank holds at once in a forward and backward of its mixer; collective."""
     group, mixer = sequence_group(), problem.layer().mixer

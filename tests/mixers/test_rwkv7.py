@@ -4,19 +4,25 @@ Legend: B batch, S tokens, D model, H heads, E head dim.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pool import Pool
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from longctx.config.check import find_problems
 from longctx.config.load import load_config
 from longctx.config.schema import Model
+from longctx.errors import UnsupportedError
 from longctx.mixers.ops.linear import linear_attention_naive
 from longctx.mixers.rwkv7 import RWKV7Mixer
 from longctx.model.decoder import CausalLM, DecoderLayer
+from longctx.runtime.mesh import alone, build_mesh
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.layout import zigzag
 
 DOCUMENTS = ((0, 4, 5, 17), (0,))
 LENGTH = 21
@@ -25,6 +31,8 @@ LENGTH = 21
 def config(heads: int = 3, head_dim: int = 4, layers: int = 1, width: int = 10) -> Model:
     shape = {"hidden_size": width, "num_heads": heads, "head_dim": head_dim, "num_layers": layers, "vocab_size": 7}
     options = {"rwkv7": {"chunk": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5}}
+    if layers > 1:
+        options["rwkv7"]["value_rank"] = 4
     rest = {"intermediate_size": 8, "init_std": 0.5, "mixer": "rwkv7", "mixer_options": options}
     return Model.model_validate({**shape, **rest})
 
@@ -40,26 +48,44 @@ def inputs(width: int, seed: int, scale: float = 1.5) -> Tensor:
     return scale * torch.randn(2, LENGTH, width, generator=generator, dtype=torch.float64)
 
 
-def by_equations(mixer: RWKV7Mixer, x_BSD: Tensor, context: SequenceContext, eps: float) -> Tensor:
-    """Section 4 of the paper for one token at a time, written with the parameters and nothing of the library."""
+def by_equations(
+    mixer: RWKV7Mixer, x_BSD: Tensor, context: SequenceContext, eps: float, first_BSF: Tensor | None = None
+) -> Tensor:
+    """Section 4 of the paper for one token at a time, written with the parameters and nothing of the library.
+
+    ``first_BSF``: values of the first layer, for a later one.
+    """
     p = dict(mixer.named_parameters())
-    first, rows = context.positions() == 0, []
+    begins, rows = context.positions() == 0, []
     for row in range(len(x_BSD)):
         state = before = torch.zeros(())
         for t, x in enumerate(x_BSD[row]):
-            if first[row, t]:
+            if begins[row, t]:
                 before = torch.zeros_like(x)
                 state = x.new_zeros(mixer.heads, mixer.head_dim, mixer.head_dim)
-            y, state = _step(p, x, before, state, eps)
+            y, state = _step(p, x, before, state, eps, None if first_BSF is None else first_BSF[row, t])
             rows.append(y)
             before = x
     return torch.stack(rows).view_as(x_BSD)
 
 
-def _step(p: dict[str, Tensor], x: Tensor, before: Tensor, S: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def first_values(mixer: RWKV7Mixer, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+    """The linear map of the v mix."""
+    before = functional.pad(x_BSD[:, :-1], (0, 0, 1, 0)).masked_fill((context.positions() == 0)[..., None], 0)
+    p = dict(mixer.named_parameters())
+    return (x_BSD + p["shifts.v.weight"] * (before - x_BSD)) @ p["v_proj.weight"].T
+
+
+def _step(
+    p: dict[str, Tensor], x: Tensor, before: Tensor, S: Tensor, eps: float, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
     H, E = S.shape[:2]
     mixed = {m: x + p[f"shifts.{m}.weight"] * (before - x) for m in "rwkvag"}
     r, k, v = (p[f"{m}_proj.weight"] @ mixed[m] for m in "rkv")
+    if first is not None:
+        low = p["value_proj.2.weight"] @ (p["value_proj.0.weight"] @ mixed["v"])
+        share = 1 / (1 + torch.exp(-(p["value_offset.weight"] + low)))
+        v = (1 - share) * v + share * first
     decay = p["decay_proj.2.weight"] @ torch.tanh(p["decay_proj.0.weight"] @ mixed["w"])
     w = torch.exp(-torch.exp(torch.tensor(-0.5).double()) / (1 + torch.exp(-(p["decay_offset.weight"] + decay))))
     rate = p["rate_proj.2.weight"] @ (p["rate_proj.0.weight"] @ mixed["a"])
@@ -93,6 +119,97 @@ def test_it_computes_the_equations(decay: float, rate: float, seed: int) -> None
     exact = torch.autograd.grad((wanted * weight).sum(), leaves)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_later_layers_mix_their_values_with_the_firsts(recompute: bool, seed: int) -> None:
+    """Three layers of a decoder against a loop over tokens in every layer: hidden states and every gradient."""
+    model = CausalLM(config(layers=3), seed=seed, recompute=recompute).double()
+    tokens = torch.randint(0, 7, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    context = SequenceContext.single(2, LENGTH, DOCUMENTS)
+    x, first = model.embed_tokens(tokens), None
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.mixer, RWKV7Mixer)
+        normed = layer.mixer_norm(x)
+        x = x + by_equations(layer.mixer, normed, context, 4e-5, first)
+        first = first_values(layer.mixer, normed, context) if first is None else first
+        x = x + layer.mlp(layer.mlp_norm(x))
+    weight, leaves = inputs(10, seed + 1), [p for name, p in model.named_parameters() if not name.startswith("head")]
+    exact = torch.autograd.grad((model.norm(x) * weight).sum(), leaves)
+    y = model(tokens, context).hidden_BTD
+    torch.testing.assert_close(y, model.norm(x), rtol=1e-10, atol=1e-10)
+    (y * weight).sum().backward()
+    for parameter, wanted in zip(leaves, exact, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
+
+
+PATTERNS = [["rwkv7"] * 3, ["conv", "rwkv7", "yoco", "rwkv7", "yoco"], ["rwkv7", "rwkv7", "yoco", "yoco"]]
+EVERY_PATTERN = pytest.mark.parametrize("layers", PATTERNS, ids=["rwkv7", "between yoco", "below yoco"])
+
+
+def decoder(layers: list[str], seed: int, **options: Any) -> CausalLM:
+    given = config(width=12, layers=2).model_dump(exclude_none=True, exclude={"mixer", "num_layers"})
+    return CausalLM(Model.model_validate({**given, "layers": layers, "num_heads": 3}), seed=seed, **options).double()
+
+
+def solve(layers: list[str], seed: int, recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of packed documents, summed over the ranks of this world."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    mesh = build_mesh(size, torch.device("cpu")) if size > 1 else alone()
+    model = decoder(layers, seed, recompute=recompute)
+    tokens = torch.randint(0, 7, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    context = SequenceContext(mesh.sequence, zigzag(LENGTH, size, DOCUMENTS), DOCUMENTS)
+    loss = model(context.shard(tokens), context, context.shard(tokens.roll(-1, 1))).loss_sum
+    loss.backward()
+    gradients = {n: mesh.all_reduce(p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None}
+    return mesh.all_reduce(loss.detach().clone()), gradients
+
+
+@EVERY_PATTERN
+def test_the_decoder_trains_sharded(layers: list[str], pool: Pool, seed: int) -> None:
+    wanted = solve(layers, seed, False)
+    assert len(wanted[1]) == len(dict(decoder(layers, seed).named_parameters()))
+    for world, recompute in ((2, True), (3, False)):
+        found = pool.run(solve, world, layers, seed, recompute)[0]
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-10, atol=1e-10)
+        for name, gradient in wanted[1].items():
+            torch.testing.assert_close(
+                found[1][name], gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@EVERY_PATTERN
+@torch.no_grad()
+def test_the_decoder_decodes_and_leaves_early_only_where_it_may(layers: list[str], seed: int) -> None:
+    """Token by token and in pieces; where a layer above the shared keys reads all tokens, none leaves."""
+    model = decoder(layers, seed)
+    tokens = torch.randint(0, 7, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    whole = SequenceContext.single(2, LENGTH)
+    wanted = model(tokens, whole, state=model.empty_state(2))
+    for pieces in ([1] * LENGTH, [7, 1, 1, 12]):
+        context, state, outputs = SequenceContext.single(2, 0), model.empty_state(2), []
+        for part in tokens.split(pieces, dim=1):
+            context = context.extend(part.shape[1])
+            output = model(part, context, state=state)
+            state = output.state
+            outputs.append(output.hidden_BTD)
+        torch.testing.assert_close(torch.cat(outputs, dim=1), wanted.hidden_BTD, rtol=1e-10, atol=1e-10)
+    seen: list[int] = []
+    model.layers[-1].register_forward_hook(lambda _module, args, _result: seen.append(args[0].shape[1]))
+    early = model(tokens, whole, state=model.empty_state(2), last_only=True)
+    assert seen == [1 if layers[-2:] == ["yoco", "yoco"] else LENGTH]
+    torch.testing.assert_close(early.hidden_BTD, wanted.hidden_BTD[:, -1:], rtol=1e-12, atol=1e-12)
+    for a, b in zip(tree_leaves(early.state), tree_leaves(wanted.state), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_later_layer_needs_the_first(seed: int) -> None:
+    mixer = mixer_of(config(layers=2), seed, 1)
+    for memory in (None, object()):
+        with pytest.raises(UnsupportedError, match="needs the memory that the first rwkv7 layer"):
+            mixer(inputs(10, seed), SequenceContext.single(2, LENGTH), memory=memory)
+    assert not hasattr(mixer_of(config(layers=2), seed), "value_proj")
 
 
 def test_small_heads_of_the_papers_size_are_normed_with_its_eps(seed: int) -> None:
@@ -140,6 +257,8 @@ def test_it_starts_as_the_authors_do() -> None:
     assert first.norm_scale.weight.unique() == pytest.approx(12**-0.7, rel=1e-6)
     assert (first.replaced.weight.unique().item(), first.bonus.weight.unique().item()) == pytest.approx((1.02, -0.04))
     assert first.removed.weight[[0, -1]].tolist() == pytest.approx([0.76, 0.66])
+    assert last.value_proj[0].out_features == 32  # 1.7 sqrt(768) is 47
+    assert last.value_offset.weight[[0, -1]].tolist() == pytest.approx([0.93, 0.53])
     assert first.rate_offset.weight[[0, -1]].tolist() == pytest.approx([-0.69, 0.31])
 
 

@@ -1,4 +1,4 @@
-"""Transformer-VQ against softmax over quantised keys, written out, and its codebook over ranks.
+"""Transformer-VQ against softmax over quantised keys, written out, and how its codes and keys move.
 
 Legend: B batch, S tokens, H heads, E key size, F value size, K codes.
 """
@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, peak_bytes, sequence_group
-from pool import Pool
+from contract_cases import Problem, peak_bytes
 from torch import Tensor
 
 from longctx.config.load import load_config
-from longctx.errors import UnsupportedError
 from longctx.mixers.ops.quantised import (
     Keys,
     QuantisedState,
@@ -22,17 +20,16 @@ from longctx.mixers.ops.quantised import (
     quantised_attention,
     quantised_attention_naive,
 )
+from longctx.mixers.statistics import statistics_of
 from longctx.mixers.transformer_vq import (
-    CodebookSums,
+    Quantised,
+    RunningCodebook,
     TransformerVQMixer,
-    codebook_statistics,
-    commitment_loss,
-    initial_averages,
+    code_sums,
+    commitment,
     nearest,
     straight_through,
-    update_codebook,
 )
-from longctx.runtime.mesh import alone
 from longctx.sequence.context import SequenceContext
 
 DOCUMENTS = ((0, 5, 6, 29), (0,))
@@ -158,7 +155,7 @@ def test_the_mixer_is_softmax_over_its_codes(positions: str, seed: int) -> None:
     q, k, v = (p(x).view(2, 23, 6, 4) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     scale = 4**-0.25
     q, k = ((t - t.mean(-1, keepdim=True)) / (t.var(-1, correction=0, keepdim=True) + mixer.eps).sqrt() for t in (q, k))
-    codebook = mixer.codebook.weight.view(6, CODES, 4)
+    codebook = mixer.codes_of_heads()
     k = codebook[torch.arange(6), nearest(k * scale, codebook)]
     scores = torch.einsum("bihe,bjhe->bhij", q * scale, k)
     if positions == "rotary":
@@ -183,76 +180,86 @@ def test_blocks_count_from_the_document(seed: int) -> None:
         torch.testing.assert_close(packed[row : row + 1, start:], single, rtol=1e-10, atol=1e-10)
 
 
-def test_codes_move_by_gradient_or_not_at_all(seed: int) -> None:
-    for codebook, moves in (("gradient", True), ("ema", False)):
+def keys_of(mixer: TransformerVQMixer, x: Tensor) -> Quantised:
+    _, k, _ = mixer.project(x)
+    codebook = mixer.codes_of_heads().detach()
+    return Quantised(k, nearest(k, codebook), codebook)
+
+
+def test_codes_are_a_parameter_or_statistics(seed: int) -> None:
+    """By gradient, in one dimension so that weight decay leaves them alone; or in buffers that no gradient reaches."""
+    for codebook, parameters in (("gradient", 1), ("ema", 0)):
         case = problem(seed, codebook=codebook)
         mixer = mixer_of(case)
         mixer(case.inputs(), SequenceContext.single(2, 23))[0].square().sum().backward()
-        weight = mixer.codebook.weight
-        assert weight.grad is not None and bool(weight.grad.any()) == moves and weight.dim() == 1
+        found = dict(mixer.codebook.named_parameters())
+        assert len(found) == parameters
+        assert all(p.dim() == 1 and p.grad is not None and p.grad.any() for p in found.values())
+        assert len(statistics_of(mixer)) == 2 - 2 * parameters
 
 
-def statistics(x: Tensor, bounds: list[int], seed: int) -> list[Tensor]:
-    """This rank's tokens give the sums, then the codes are moved; collective."""
-    group, mixer = sequence_group(), mixer_of(problem(seed, codebook="ema"))
-    found = codebook_statistics(mixer, x[:, bounds[group.rank] : bounds[group.rank + 1]], group)
-    averages = update_codebook(mixer, initial_averages(mixer), found, keep=0.9)
-    return [*found, *averages, mixer.codebook.weight.detach()]
-
-
-def test_codebook_sums_and_updates_are_the_same_on_every_rank(pool: Pool, seed: int) -> None:
-    x = problem(seed).inputs()
-    wanted = statistics(x, [0, 23], seed)
-    for rank in pool.run(statistics, 3, x, [0, 9, 9, 23], seed):
-        for found, exact in zip(rank, wanted, strict=True):
-            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
-    local = statistics(x[:, :9], [0, 9], seed)
-    assert (local[-1] - wanted[-1]).abs().max() > 1e-3
-
-
-def test_an_update_is_a_running_mean_of_the_keys(seed: int) -> None:
-    """Also: with nothing kept it is a step of k-means, after which keys are closer to their codes."""
-    case = problem(seed, codebook="ema")
-    mixer, x = mixer_of(case), case.inputs()
-    codebook = mixer.codes_of_heads().detach().clone()
-    _, k, _ = mixer.project(x)
-    one_hot = torch.nn.functional.one_hot(nearest(k, codebook), CODES).double()
-    found = codebook_statistics(mixer, x, alone().sequence)
-    torch.testing.assert_close(found.count_HK, one_hot.sum((0, 1)))
-    torch.testing.assert_close(found.total_HKE, torch.einsum("bthk,bthe->hke", one_hot, k))
-    averages = update_codebook(mixer, initial_averages(mixer), found)
-    torch.testing.assert_close(averages.count_HK, 0.99 + 0.01 * found.count_HK)
-    expected = (0.99 * codebook + 0.01 * found.total_HKE) / averages.count_HK[..., None]
-    torch.testing.assert_close(mixer.codes_of_heads(), expected)
-    before = commitment_loss(mixer, x)
-    update_codebook(mixer, averages, codebook_statistics(mixer, x, alone().sequence), keep=0.0)
-    assert commitment_loss(mixer, x) < before
-    nobody = CodebookSums(*(torch.zeros_like(t) for t in found))
-    update_codebook(mixer, averages, nobody, keep=0.0)
-    assert not mixer.codebook.weight.any()  # 0 / 0.01
-
-
-def test_commitment_moves_keys_only(seed: int) -> None:
+def test_a_step_is_a_running_mean_of_the_keys(seed: int) -> None:
+    """Against a loop over tokens; and repeated steps, like those of k-means, bring codes closer to keys."""
     case = problem(seed)
     mixer, x = mixer_of(case), case.inputs()
-    loss = commitment_loss(mixer, x)
-    loss.backward()
-    _, k, _ = mixer.project(x)
-    codebook = mixer.codes_of_heads()
-    least = (k[..., None, :] - codebook).square().sum(-1).amin(-1).sum()
-    torch.testing.assert_close(loss, least)
-    moved = {name for name, p in mixer.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"k_proj.weight"}
+    assert isinstance(mixer.codebook, RunningCodebook)
+    keys = keys_of(mixer, x)
+    found = torch.zeros(6, CODES, 5, dtype=torch.float64)
+    for b in range(2):
+        for t in range(23):
+            for h in range(6):
+                found[h, keys.code_BTH[b, t, h], :-1] += keys.k_BTHE[b, t, h].detach()
+                found[h, keys.code_BTH[b, t, h], -1] += 1
+    torch.testing.assert_close(code_sums(keys), found)
+    mixer.codebook.absorb(found)
+    count = 0.99 + 0.01 * found[..., -1:]
+    torch.testing.assert_close(mixer.codes_of_heads(), (0.99 * keys.codebook_HKE + 0.01 * found[..., :-1]) / count)
+    far = commitment(keys)
+    for _ in range(50):
+        mixer.codebook.absorb(code_sums(keys_of(mixer, x)))
+    assert commitment(keys_of(mixer, x)) < 0.9 * far
 
 
-def test_updates_that_would_be_lost_are_refused(seed: int) -> None:
-    mixer = mixer_of(problem(seed))
-    found = initial_averages(mixer)
-    with pytest.raises(UnsupportedError, match="codebook: ema"):
-        update_codebook(mixer, found, found)
-    mixer = mixer_of(problem(seed, codebook="ema")).bfloat16()
-    with pytest.raises(UnsupportedError, match=r"bfloat16.*fp32 engine"):
-        update_codebook(mixer, found, found)
+def test_a_code_that_is_never_seen_fades_but_stays_finite(seed: int) -> None:
+    codebook = RunningCodebook(1, 2, 3).double()
+    codebook.start(torch.Generator().manual_seed(seed))
+    first = codebook()
+    for _ in range(400):
+        codebook.absorb(torch.zeros(1, 2, 4))
+    torch.testing.assert_close(codebook.count_HK, torch.full((1, 2), 0.99**400).double())
+    torch.testing.assert_close(codebook(), first)  # sum and number fade alike
+    codebook.count_HK.zero_()
+    assert codebook().isfinite().all()
+
+
+def test_in_training_it_tells_what_it_observed(seed: int) -> None:
+    """The weighted distance to the nearest codes, which moves keys only, and the sums; nothing outside of training."""
+    for codebook in ("ema", "gradient"):
+        case = problem(seed, codebook=codebook, commitment=0.5)
+        mixer, x, context = mixer_of(case), case.inputs(), SequenceContext.single(2, 23)
+        y, _, none, observed = mixer.run(x, context)
+        assert none is None and observed is not None
+        torch.testing.assert_close(y, mixer(x, context)[0], rtol=0, atol=0)
+        keys = keys_of(mixer, x)
+        least = (keys.k_BTHE[..., None, :] - keys.codebook_HKE).square().sum(-1).amin(-1).sum()
+        torch.testing.assert_close(observed.loss_sum, least / 2)
+        observed.loss_sum.backward()
+        moved = {name for name, p in mixer.named_parameters() if p.grad is not None and p.grad.any()}
+        assert moved == {"k_proj.weight"}
+        assert set(observed.sums) == ({"codebook"} if codebook == "ema" else set())
+        assert all(torch.equal(total, code_sums(keys)) for total in observed.sums.values())
+        assert mixer.eval().run(x, context).observed is None
+
+
+def test_running_codes_are_never_rounded_to_half(seed: int) -> None:
+    mixer = mixer_of(problem(seed)).float()
+    before = {name: buffer.clone() for name, buffer in statistics_of(mixer).items()}
+    x = torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    y, _, _, observed = mixer.bfloat16().run(x, SequenceContext.single(1, 9))
+    assert y.dtype == torch.bfloat16 and observed is not None
+    assert {observed.loss_sum.dtype, observed.sums["codebook"].dtype} == {torch.float32}
+    for name, buffer in statistics_of(mixer).items():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name])
 
 
 def test_memory_grows_as_the_length(seed: int) -> None:

@@ -355,10 +355,10 @@ class Gathering(BlockTransformer):
     """A planted fault: every rank is given the contexts of all blocks."""
 
     def run(self, x_BTD: Tensor, context: SequenceContext, *rest: Any) -> Any:
-        after, state = super().run(x_BTD, context, *rest)
+        after, *others = super().run(x_BTD, context, *rest)
         rows = GatherRows(context.group, context.batch, context.layout)
         everything = rows.gather(after.detach().flatten(0, 1)).repeat(4, 1).requires_grad_()
-        return after + 0 * everything.square().sum(), state
+        return after + 0 * everything.square().sum(), *others
 
 
 @pytest.mark.tier2
@@ -382,8 +382,8 @@ class Faulty(BlockTransformer):
     """A planted fault: the context of a block is that of the block itself, not of the one before."""
 
     def run(self, x_BTD: Tensor, context: SequenceContext, *rest: Any) -> Any:
-        after, state = super().run(x_BTD, context, *rest)
-        return after.roll(-1, 1), state
+        after, *others = super().run(x_BTD, context, *rest)
+        return after.roll(-1, 1), *others
 
 
 def test_a_context_that_comes_too_early_is_noticed(seed: int) -> None:
