@@ -21,28 +21,25 @@ from torch import Tensor
 from longctx.attention import attention
 from longctx.attention.shared import attention_over_gathered, gather_keys, gathered_bytes, planned_gather
 from longctx.attention.traffic import Call, planned_traffic
+from longctx.cache.attend import cached_attention
+from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import RaggedKV
 from longctx.config.schema import Model, Section
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
 from longctx.mixers.layers import Linear
 from longctx.mixers.ops.shapes import by_head
+from longctx.mixers.softmax import KVState, check_state, survives
 from longctx.positions.rope import RotaryEmbedding
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
 
-class SharedKV(NamedTuple):
-    """Rotated keys and values of all tokens so far, for all ``yoco`` layers."""
-
-    k_BSKE: Tensor
-    v_BSKE: Tensor
-
-
 class GatheredKV(NamedTuple):
-    """The same of all ranks in global order; and this rank's own, where a state is asked for."""
+    """Rotated keys and values of all ranks in global order; and this rank's own, where a state is asked for."""
 
     kv_M2KE: Tensor
-    own: SharedKV | None
+    own: KVState | None
 
 
 class YocoOptions(Section):
@@ -86,12 +83,15 @@ class YocoMixer(Mixer):
         """No token seen yet; an empty tuple for a layer that keeps nothing."""
         if not self.offers:
             return ()
-        none = like.new_empty(batch, 0, self.kv_heads, self.head_dim)
-        return SharedKV(none, none)
+        return KVState.empty(batch, self.kv_heads, self.head_dim, like)
+
+    def empty_cache(self, batch: int, like: Tensor, options: CacheOptions) -> Any:
+        """See :class:`Mixer`."""
+        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options) if self.offers else ()
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where the rotary table changes between the two lengths."""
-        return past == 0 or self.rope.table(past) == self.rope.table(length)
+        return survives(self.rope, past, length)
 
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
         """See :class:`Mixer`."""
@@ -107,7 +107,9 @@ class YocoMixer(Mixer):
     def _call(self, dtype: torch.dtype) -> Call:
         return Call(self.heads, self.kv_heads, self.head_dim, dtype)
 
-    def offer(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None = None) -> SharedKV | GatheredKV:
+    def offer(
+        self, x_BTD: Tensor, context: SequenceContext, state: KVState | RaggedKV | None = None
+    ) -> KVState | RaggedKV | GatheredKV:
         """Keys and values of the state's tokens and of these; on one rank there is nothing to gather.
 
         Raises:
@@ -115,24 +117,20 @@ class YocoMixer(Mixer):
             UnsupportedError: its keys are of another rotary table than this length has.
         """
         own = self._own(x_BTD, context, state)
-        if not self.gathers or context.degree == 1:
+        if not self.gathers or context.degree == 1 or isinstance(own, RaggedKV):
             return own
         return GatheredKV(gather_keys(*own, context), None if state is None else own)
 
-    def _own(self, x_BTD: Tensor, context: SequenceContext, state: SharedKV | None) -> SharedKV:
+    def _own(self, x_BTD: Tensor, context: SequenceContext, state: KVState | RaggedKV | None) -> KVState | RaggedKV:
         k_BTKE, v_BTKE = (by_head(p(x_BTD), self.kv_heads) for p in (self.k_proj, self.v_proj))
         k_BTKE = self.rope.rotate(k_BTKE, self._cos_sin(x_BTD, context))
-        held = 0 if state is None else state.k_BSKE.shape[1]
-        if held != context.past:
-            raise ValueError(f"the state holds {held} tokens, the context has {context.past} past tokens")
-        if state is None:
-            return SharedKV(k_BTKE, v_BTKE)
-        if not self.state_survives(context.past, context.length):
-            raise UnsupportedError(
-                f"rope_type {self.rope.rope.rope_type!r} rotates differently at length {context.length} than at"
-                f" {context.past}: cached keys are invalid, run the whole sequence again (longctx.generate does)"
-            )
-        return SharedKV(torch.cat((state.k_BSKE, k_BTKE), dim=1), torch.cat((state.v_BSKE, v_BTKE), dim=1))
+        if state is not None:
+            check_state(state, context, self.rope)
+        elif context.past:
+            raise ValueError(f"the context has {context.past} past tokens but no state holds them")
+        if isinstance(state, RaggedKV):
+            return state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
+        return KVState(k_BTKE, v_BTKE) if state is None else state.append(k_BTKE, v_BTKE)
 
     def forward(
         self, x_BTD: Tensor, context: SequenceContext, state: Any = None, memory: Any = None
@@ -144,13 +142,16 @@ class YocoMixer(Mixer):
         """
         if memory is None and self.offers:
             memory = self.offer(x_BTD, context, state)
-        if not isinstance(memory, SharedKV | GatheredKV):
+        if not isinstance(memory, KVState | RaggedKV | GatheredKV):
             raise UnsupportedError("yoco needs the memory that the first yoco layer of the decoder makes")
         q_BTHE = self.rope.rotate(by_head(self.q_proj(x_BTD), self.heads), self._cos_sin(x_BTD, context))
+        own = memory.own if isinstance(memory, GatheredKV) else memory
         if isinstance(memory, GatheredKV):
-            mixed_BTHE, own = attention_over_gathered(q_BTHE, memory.kv_M2KE, context), memory.own
+            mixed_BTHE = attention_over_gathered(q_BTHE, memory.kv_M2KE, context)
+        elif isinstance(memory, RaggedKV):
+            mixed_BTHE = cached_attention(q_BTHE, memory, context)
         else:
-            mixed_BTHE, own = attention(q_BTHE, *memory, context, causal=True), memory
+            mixed_BTHE = attention(q_BTHE, *memory, context, causal=True)
         return self.o_proj(mixed_BTHE.flatten(2)), own if self.offers and state is not None else state
 
     def _cos_sin(self, x_BTD: Tensor, context: SequenceContext) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import RaggedKV
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS, Mixer
@@ -177,11 +178,17 @@ class CausalLM(nn.Module):
 
         Args:
             cache: how keys and values are stored, without gradients; None: as plain tensors, with gradients.
+
+        Raises:
+            UnsupportedError: the cache is asked to round keys and values, and there are none.
         """
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
             return tuple(mixer.empty_state(batch, like) for mixer in mixers)
-        return tuple(mixer.empty_cache(batch, like, cache) for mixer in mixers)
+        states = tuple(mixer.empty_cache(batch, like, cache) for mixer in mixers)
+        if not any(isinstance(state, RaggedKV) for state in states):
+            cache.check_unrounded("no layer of this model keeps keys and values")
+        return states
 
     def forward(
         self,
