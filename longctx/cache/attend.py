@@ -9,15 +9,20 @@ Legend: B batch, T new tokens, K kv heads, G query heads per kv head, H = K x G,
 lane, N blocks, C tokens per block, E head dim.
 """
 
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longctx.attention import attention_and_lse
-from longctx.attention.kernels.base import Scoring
+from longctx.attention.kernels import Scoring, choose_kernel
+from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
 from longctx.cache.ragged import RaggedKV
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
+from longctx.sequence.slices import Slice, Slices, band
 
 _SCORES = 1 << 24
 """Scores of one pass, at most."""
@@ -60,43 +65,56 @@ def attend(
         out_BTHE and lse_BTH in fp32 (fp64 for fp64); 0 and -inf where a query sees nothing.
     """
     tokens, group = q_BTHE.shape[1], q_BTHE.shape[2] // cache.kv_heads
-    if tokens * group > _FEW and (found := _lane_by_lane(q_BTHE, cache, position_BT, scoring, window)) is not None:
-        return found
-    return _block_by_block(q_BTHE, cache, position_BT, scoring, window)
+    neighbours = tokens * group > _FEW and bool((position_BT.diff(dim=1) == 1).all())
+    work = _lane_by_lane if neighbours else _block_by_block
+    return work(q_BTHE, cache, position_BT, scoring, window)
 
 
 def _lane_by_lane(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
-) -> tuple[Tensor, Tensor] | None:
-    """With the kernels of training; None where lanes are not what those need.
-
-    Each must end with the T tokens of the queries, and with a window have no gap: its places are then as good as its
-    positions.
-    """
-    batch, tokens, heads, _ = q_BTHE.shape
-    group, parts = heads // cache.kv_heads, []
-    contexts: dict[int, SequenceContext] = {}
+) -> tuple[Tensor, Tensor]:
+    """With the kernels of training, which are told of runs of neighbouring positions; those of a row have no gap."""
+    batch, tokens, heads, size = q_BTHE.shape
+    group, kernel = heads // cache.kv_heads, choose_kernel(q_BTHE.device, q_BTHE.dtype, scoring.softcap)
+    kernel.check(q_BTHE.dtype, size, scoring.softcap)
+    wide = torch.promote_types(q_BTHE.dtype, torch.float32)
+    parts = []
     for lane in range(batch * cache.kv_heads):
         row, head = divmod(lane, cache.kv_heads)
-        k_SE, v_SE, position_S = cache.lane(lane)
-        length = len(position_S)
-        if length < tokens or not torch.equal(position_S[length - tokens :], position_BT[row].to(position_S)):
-            return None
-        if window is not None and int(position_S[-1] - position_S[0]) != length - 1:
-            return None
-        if length not in contexts:
-            contexts[length] = SequenceContext.single(1, length - tokens).extend(tokens)
-        q_1TGE = q_BTHE[row : row + 1, :, head * group : (head + 1) * group]
-        k_1SKE, v_1SKE = (t.to(q_BTHE.device)[None, :, None] for t in (k_SE, v_SE))
-        context = contexts[length]
-        part = attention_and_lse(
-            q_1TGE, k_1SKE, v_1SKE, context, window=window, scale=scoring.scale, softcap=scoring.softcap
-        )
-        parts.append(part)
-    wide = torch.promote_types(q_BTHE.dtype, torch.float32)
+        k_ME, v_ME, position_M = cache.lane(lane)
+        slices = visible_slices(position_M.cpu().numpy(), int(position_BT[row, 0]), tokens, window)
+        q_TGE = q_BTHE[row, :, head * group : (head + 1) * group]
+        partial = Partial.empty(q_TGE)
+        k_M1E, v_M1E = (t.to(q_BTHE.device)[:, None] for t in (k_ME, v_ME))
+        partial.attend(q_TGE, k_M1E, v_M1E, slices, kernel, scoring)
+        parts.append(partial.finished(None, wide))
     by_row = [parts[row * cache.kv_heads : (row + 1) * cache.kv_heads] for row in range(batch)]
-    out_BTHE = torch.cat([torch.cat([out for out, _ in row], dim=2) for row in by_row])
-    return out_BTHE.to(wide), torch.cat([torch.cat([lse for _, lse in row], dim=2) for row in by_row])
+    out_BTHE = torch.stack([torch.cat([out for out, _ in row], dim=1) for row in by_row])
+    return out_BTHE, torch.stack([torch.cat([lse for _, lse in row], dim=1) for row in by_row])
+
+
+def visible_slices(position_M: npt.NDArray[np.int64], first: int, queries: int, window: int | None) -> Slices:
+    """Which keys, by place, queries at ``first`` and the positions after it see; each pair in exactly one slice.
+
+    Args:
+        position_M: of the keys, ascending, with gaps.
+    """
+    last = first + queries - 1
+    oldest = 0 if window is None else first - window + 1  # older keys are seen by none
+    for_all = 0 if window is None else last - window + 1  # older keys are not seen by all
+    bounds = [int(np.searchsorted(position_M, p)) for p in (oldest, max(oldest, for_all), first + 1, last + 1)]
+    start, inner, outer, stop = bounds
+    inner = min(inner, outer)
+    found = [Slice(0, queries, inner, outer, "full")] if inner < outer else []
+    for begin, end in ((start, inner), (outer, stop)):
+        cuts = begin + 1 + np.flatnonzero(np.diff(position_M[begin:end]) != 1)
+        edges = [begin, *cuts.tolist(), end] if begin < end else []
+        for a, b in pairwise(edges):
+            key, hi = int(position_M[a]), None if window is None else window - 1
+            for part in band(first, last + 1, key, key + b - a, 0, hi):
+                moved = (part.q_start - first, part.q_end - first, part.k_start - key + a, part.k_end - key + a)
+                found.append(Slice(*moved, part.mask))
+    return Slices(found)
 
 
 def _block_by_block(

@@ -5,12 +5,13 @@ Legend: B batch, T new tokens, K kv heads, H query heads, E head dim, R = B x K 
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from longctx.attention.kernels.base import Scoring
-from longctx.cache.attend import attend
+from longctx.cache.attend import attend, visible_slices
 from longctx.cache.codec import Codec
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
@@ -130,6 +131,38 @@ def test_attention_sees_what_lists_hold(window: int | None, softcap: float | Non
     found, wanted = attend(q, cache, at, scoring, window), naive(q, oracle, at, scoring, window)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert wanted[1].isneginf().any()
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_a_chunk_sees_what_lists_hold(window: int | None, seed: int) -> None:
+    """Queries at 50 to 89: with keys at those positions too, in runs and with gaps, in all lanes differently."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = drawn(generator, 1, 95, 4)
+    position = torch.arange(95)[None]
+    cache, oracle = RaggedKV.empty(1, 4, 6, F64, CacheOptions(block=4)), Lanes(4)
+    cache, oracle = cache.append(k, v, position), oracle.append(k, v, position, [95])
+    every_other_block = torch.arange(95) // 4 % 2 == 0
+    masks = [torch.ones(95, dtype=torch.bool), torch.rand(95, generator=generator) < 0.5, every_other_block]
+    masks.append(torch.zeros(95, dtype=torch.bool))
+    cache, oracle = cache.kept(masks), oracle.kept(masks)
+    q, at = torch.randn(1, 40, 8, 6, generator=generator, dtype=torch.float64), torch.arange(50, 90)[None]
+    found, wanted = attend(q, cache, at, Scoring(0.3), window), naive(q, oracle, at, Scoring(0.3), window)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_slices_of_a_chunk_hold_every_visible_pair_once(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(200):
+        position = np.array(sorted(draw.sample(range(60), draw.randrange(0, 40))), dtype=np.int64)
+        first, queries, window = draw.randrange(0, 50), draw.randrange(1, 20), draw.choice([None, 1, 4, 17, 70])
+        pairs = np.zeros((queries, len(position)), dtype=np.int64)
+        for part in visible_slices(position, first, queries, window):
+            rows, columns = np.mgrid[part.q_start : part.q_end, part.k_start : part.k_end]
+            row, column = rows - part.q_start, columns - part.k_start
+            seen = {"full": row == row, "causal": column <= row, "anticausal": column >= row}[part.mask]
+            pairs[rows[seen], columns[seen]] += 1
+        distance = first + np.arange(queries)[:, None] - position
+        assert (pairs == ((distance >= 0) & (distance < (window or 10**6)))).all()
 
 
 def test_many_blocks_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
