@@ -19,6 +19,7 @@ from torch import Tensor
 from longctx.attention.kernels import Scoring, choose_kernel
 from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
+from longctx.attention.tree import tree_merge
 from longctx.cache.ragged import RaggedKV
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
@@ -55,7 +56,7 @@ def cached_attention(
 def attend(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over what a cache holds at positions up to each query's own, and its log-sum-exp.
+    """Attention over what a cache holds on all ranks at positions up to each query's own, and its log-sum-exp.
 
     Args:
         position_BT: of the queries.
@@ -67,7 +68,11 @@ def attend(
     tokens, group = q_BTHE.shape[1], q_BTHE.shape[2] // cache.kv_heads
     neighbours = tokens * group > _FEW and bool((position_BT.diff(dim=1) == 1).all())
     work = _lane_by_lane if neighbours else _block_by_block
-    return work(q_BTHE, cache, position_BT, scoring, window)
+    out_BTHE, lse_BTH = work(q_BTHE, cache, position_BT, scoring, window)
+    options = cache.options
+    return (
+        (out_BTHE, lse_BTH) if options.ranks is None else tree_merge(out_BTHE, lse_BTH, options.ranks, options.ledger)
+    )
 
 
 def _lane_by_lane(

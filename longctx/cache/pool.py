@@ -50,17 +50,18 @@ class Pool:
         ends_N = lengths_R[self.owner_N.clamp_min(0)] - self.ordinal_N * self.block
         return torch.where(self.owner_N >= 0, ends_N.clamp(0, self.block), 0)
 
-    def write(self, lengths_R: Tensor, counts_R: Tensor, k_RTE: Tensor, v_RTE: Tensor, position_RT: Tensor) -> None:
-        """Put the first ``counts_R`` tokens of every lane behind its ``lengths_R`` ones, and free what was there."""
+    def write(self, lengths_R: Tensor, taken_RT: Tensor, k_RTE: Tensor, v_RTE: Tensor, position_RT: Tensor) -> None:
+        """Put the tokens that are taken behind the ``lengths_R`` ones of every lane, and free what was there."""
         self._forget(lengths_R)
+        counts_R = taken_RT.sum(1)
         blocks_R = -(-lengths_R // self.block)
         new_R = -(-(lengths_R + counts_R) // self.block) - blocks_R
         ids = self._take(int(new_R.sum()))
         lane_n, first_R = torch.repeat_interleave(torch.arange(self.lanes), new_R), new_R.cumsum(0) - new_R
         self.owner_N[ids] = lane_n
         self.ordinal_N[ids] = torch.arange(len(ids)) - first_R[lane_n] + blocks_R[lane_n]
-        lane, token = (torch.arange(k_RTE.shape[1]) < counts_R[:, None]).nonzero(as_tuple=True)
-        place = lengths_R[lane] + token
+        lane, token = taken_RT.nonzero(as_tuple=True)
+        place = lengths_R[lane] + torch.arange(len(lane)) - (counts_R.cumsum(0) - counts_R)[lane]
         beyond = place // self.block - blocks_R[lane]  # how many blocks behind the open one
         fresh = torch.cat((ids, ids.new_full((1,), -1)))[(first_R[lane] + beyond).clamp(0, len(ids))]
         block = torch.where(beyond >= 0, fresh, self.last_R[lane])

@@ -21,14 +21,15 @@ class RaggedKV:
     """Rotated keys and values by lane, lanes ordered by row and then kv head.
 
     Args:
-        lengths_R: tokens of every lane, evicted ones not counted; int64 on the host.
-        seen: tokens of every row so far, evicted ones counted.
+        lengths_R: tokens of every lane on this rank, evicted ones not counted; int64 on the host.
+        seen: tokens of every row so far on all ranks, evicted ones counted.
     """
 
-    __slots__ = ("__weakref__", "kv_heads", "lengths_R", "pool", "seen")
+    __slots__ = ("__weakref__", "kv_heads", "lengths_R", "options", "pool", "seen")
 
-    def __init__(self, pool: Pool, kv_heads: int, lengths_R: Tensor, seen: int) -> None:
-        self.pool, self.kv_heads, self.lengths_R, self.seen = pool, kv_heads, lengths_R, seen
+    def __init__(self, pool: Pool, options: CacheOptions, kv_heads: int, lengths_R: Tensor, seen: int) -> None:
+        self.pool, self.options, self.kv_heads = pool, options, kv_heads
+        self.lengths_R, self.seen = lengths_R, seen
         pool.users.add(self)
 
     @classmethod
@@ -38,7 +39,7 @@ class RaggedKV:
         """No token yet; dtype and device of ``like``."""
         options = options or CacheOptions()
         pool = Pool(batch * kv_heads, options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
-        return cls(pool, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), 0)
+        return cls(pool, options, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), 0)
 
     @property
     def batch(self) -> int:
@@ -52,7 +53,7 @@ class RaggedKV:
 
     @torch.no_grad()
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor, position_BT: Tensor, counts_B: Tensor | None = None) -> "RaggedKV":
-        """With T more tokens in every lane, or the first ``counts_B`` of T.
+        """With T more tokens in every lane, or the first ``counts_B`` of T; ranks keep each what they own of them.
 
         Args:
             position_BT: their positions in the sequence, above all those before.
@@ -65,12 +66,13 @@ class RaggedKV:
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
         position_RT = position_BT.repeat_interleave(heads, dim=0)
-        counts_R = torch.full((batch * heads,), tokens)
+        taken_BT = self.options.owned(position_BT.cpu())
         if counts_B is not None:
-            counts_R = counts_B.cpu().repeat_interleave(heads)
+            taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
+        taken_RT = taken_BT.repeat_interleave(heads, dim=0)
         pool = self._own_pool()
-        pool.write(self.lengths_R, counts_R, k_RTE, v_RTE, position_RT)
-        return RaggedKV(pool, self.kv_heads, self.lengths_R + counts_R, self.seen + tokens)
+        pool.write(self.lengths_R, taken_RT, k_RTE, v_RTE, position_RT)
+        return self._with(pool, self.lengths_R + taken_RT.sum(1), self.seen + tokens)
 
     def truncated(self, before: int) -> "RaggedKV":
         """Without the tokens from position ``before`` on: the roll-back of a speculation."""
@@ -79,7 +81,7 @@ class RaggedKV:
         owned = self.pool.owner_N >= 0
         lengths = torch.zeros_like(self.lengths_R)
         lengths.index_add_(0, self.pool.owner_N[owned], stays_NC.sum(1)[owned])
-        return RaggedKV(self.pool, self.kv_heads, lengths, min(before, self.seen))
+        return self._with(self.pool, lengths, min(before, self.seen))
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -89,7 +91,7 @@ class RaggedKV:
             places[: len(mask)] = mask
             kept_NC[self._blocks_of(lane)] = places.view(-1, self.pool.block)
         pool, lengths = self.pool.compacted(kept_NC)
-        return RaggedKV(pool, self.kv_heads, lengths, self.seen)
+        return self._with(pool, lengths, self.seen)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -105,6 +107,9 @@ class RaggedKV:
         ids = (self.pool.owner_N == lane).nonzero()[:, 0]
         ids = ids[self.pool.ordinal_N[ids] * self.pool.block < self.lengths_R[lane]]
         return ids[self.pool.ordinal_N[ids].argsort()]
+
+    def _with(self, pool: Pool, lengths_R: Tensor, seen: int) -> "RaggedKV":
+        return RaggedKV(pool, self.options, self.kv_heads, lengths_R, seen)
 
     def _own_pool(self) -> Pool:
         """The pool, if nobody else sees what lies behind these tokens."""
