@@ -8,7 +8,6 @@ Legend: B batch, T queries, H query heads, E head dim.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longctx.runtime.mesh import Group
@@ -24,11 +23,11 @@ def tree_merge(out_BTHE: Tensor, lse_BTH: Tensor, group: Group, ledger: Ledger |
     """
     if group.size == 1:
         return out_BTHE, lse_BTH
-    top_BTH = reduce_(lse_BTH.clone(), dist.ReduceOp.MAX, group, ledger)
+    top_BTH = reduce_(lse_BTH.clone(), "max", group, ledger)
     base_BTH = top_BTH.masked_fill(top_BTH.isneginf(), 0)
     weight_BTH1 = torch.exp(lse_BTH - base_BTH)[..., None]
     fused = torch.cat((out_BTHE * weight_BTH1, weight_BTH1), dim=-1)
-    reduce_(fused, dist.ReduceOp.SUM, group, ledger)
+    reduce_(fused, "sum", group, ledger)
     total_BTH = fused[..., -1]
     seen_BTH = total_BTH > 0
     merged_BTHE = fused[..., :-1] / total_BTH.where(seen_BTH, 1.0)[..., None]

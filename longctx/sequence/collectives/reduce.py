@@ -5,6 +5,8 @@ that cuts the tensor into P parts (Patarasuk and Yuan 2009); so says the ledger.
 these and then over the ranks of equal place in them, so that only ``2 (outer - 1) / outer n`` leave a node.
 """
 
+from typing import Literal
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,12 +14,13 @@ from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger, Transfer
 
 
-def reduce_(tensor: Tensor, op: "dist.ReduceOp.RedOpType", group: Group, ledger: Ledger | None = None) -> Tensor:
+def reduce_(tensor: Tensor, op: Literal["sum", "max"], group: Group, ledger: Ledger | None = None) -> Tensor:
     """``tensor`` of every rank reduced in place, with the same bits everywhere. Not differentiable."""
+    kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
     for part in _levels(group):
         if ledger is not None:
             ledger.transfers += _transfers(part, tensor.numel() * tensor.element_size())
-        dist.all_reduce(tensor, op=op, group=part.handle)
+        dist.all_reduce(tensor, op=kinds[op], group=part.handle)
     return tensor
 
 
