@@ -30,14 +30,22 @@ Ints = npt.NDArray[np.int64]
 
 
 def halo_before(
-    x_BT: Tensor, context: SequenceContext, width: int, past_BW: Tensor | None = None
+    x_BT: Tensor, context: SequenceContext, width: int, past_BW: Tensor | None = None, grid: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """The ``width`` rows before each run, [B, R, W, ...], and the last ``width`` rows of all, [B, W, ...].
 
     Rows before the first token of the context come from ``past_BW``, or are 0. The last rows, the ``past_BW`` of the
     tokens to come, are found only where ``past_BW`` is given.
+
+    Args:
+        grid: the rows are those before the last multiple of ``grid`` that does not lie behind the run's first token.
+
+    Raises:
+        ValueError: a past on a grid, or one that does not hold ``width`` rows.
     """
-    plan = _plan(context, "before", width, past_BW is not None)
+    if grid > 1 and past_BW is not None:
+        raise ValueError(f"a halo on a grid of {grid} takes no past; ask for the rows right before the runs")
+    plan = _plan(context, "before", width, past_BW is not None, grid)
     rows = _fetch(plan, x_BT, past_BW, context)
     return (rows, None) if past_BW is None else (rows[:, :-1], rows[:, -1])
 
@@ -48,10 +56,10 @@ def halo_after(x_BT: Tensor, context: SequenceContext, width: int) -> Tensor:
 
 
 def planned_halo(
-    context: SequenceContext, side: str, width: int, row_bytes: int, with_last: bool = False
+    context: SequenceContext, side: str, width: int, row_bytes: int, with_last: bool = False, grid: int = 1
 ) -> tuple[list[Transfer], list[Transfer]]:
     """What a halo posts on this rank, forward and backward; ``side``: before or after; ``row_bytes``: of one token."""
-    plan = _plan(context, side, width, with_last)
+    plan = _plan(context, side, width, with_last, grid)
     size = context.batch * row_bytes
     return _transfers(plan, context.group, "halo", size), _transfers(plan, context.group, "halo-return", size, True)
 
@@ -93,17 +101,17 @@ class _Plan:
         return self._tables.on(like.device, id(index), lambda: index)
 
 
-def _plan(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
-    key = ("halo", context.rank, side, width, with_last)
-    plan: _Plan = context.once(key, partial(_find, context, side, width, with_last))
+def _plan(context: SequenceContext, side: str, width: int, with_last: bool, grid: int = 1) -> _Plan:
+    key = ("halo", context.rank, side, width, with_last, grid)
+    plan: _Plan = context.once(key, partial(_find, context, side, width, with_last, grid))
     return plan
 
 
-def _find(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
+def _find(context: SequenceContext, side: str, width: int, with_last: bool, grid: int) -> _Plan:
     layout, rank = context.layout, context.rank
     if any(run.step != 1 for runs in layout.runs for run in runs):
         raise UnsupportedError("a halo is of runs of neighbouring tokens; use a layout other than striped")
-    wanted = [_wanted(layout, r, side, width, with_last) for r in range(layout.degree)]
+    wanted = [_wanted(layout, r, side, width, with_last, grid) for r in range(layout.degree)]
     owned = [_owners(layout, rows) for rows in wanted]
     owner, local = owned[rank]
     mine = np.flatnonzero(owner == rank)
@@ -117,9 +125,9 @@ def _find(context: SequenceContext, side: str, width: int, with_last: bool) -> _
     )  # fmt: skip
 
 
-def _wanted(layout: Layout, rank: int, side: str, width: int, with_last: bool) -> Ints:
+def _wanted(layout: Layout, rank: int, side: str, width: int, with_last: bool, grid: int) -> Ints:
     """Global indices of all rows that a rank wants, one span of ``width`` after the other."""
-    edges = [run.start - width if side == "before" else run.stop for run in layout.runs[rank]]
+    edges = [run.start // grid * grid - width if side == "before" else run.stop for run in layout.runs[rank]]
     if with_last:
         edges.append(layout.length - width)
     return np.concatenate([np.empty(0, np.int64), *(np.arange(e, e + width) for e in edges)])

@@ -1,0 +1,244 @@
+"""Attention inside segments and over a memory before them, scored by content and by distance.
+
+Dai et al., arXiv 1901.02860, section 3. Segments lie on a grid: token i of the sequence is in segment ``i // C``. It
+sees the tokens of its segment up to itself and the ``memory`` tokens before its segment, those of its document. Scores
+by distance are made for every distance once and then shifted row by row (appendix B of the paper): no matrix is larger
+than the queries of a segment by its keys.
+
+A run may start and end inside a segment. The rows of the segment that it starts in, which other ranks hold, and the
+memory before them come as halos.
+
+Legend: B batch, T local tokens, N segments of this rank (one that two runs share counts twice), C tokens per segment, M
+rows of memory, L rows of a segment that are looked at, Q queries of a segment, K = M + L keys, H heads, E head dim, D
+features, W rows of a state.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.errors import UnsupportedError
+from longctx.sequence.collectives.halo import halo_before, planned_halo
+from longctx.sequence.collectives.ledger import Transfer
+from longctx.sequence.context import SequenceContext
+
+
+class SegmentRun(NamedTuple):
+    """One run of this rank: where in its segment it starts, its tokens, and the segments that it touches."""
+
+    offset: int
+    tokens: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """This rank's tokens cut at the grid.
+
+    ``rows``: L, which is C where a run crosses the grid, else no more than the runs reach. ``skip``: first rows of each
+    segment that no run of this rank queries.
+    """
+
+    size: int
+    memory: int
+    runs: tuple[SegmentRun, ...]
+    rows: int
+    skip: int
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.memory + self.rows
+
+    def queries(self, x_BT: Tensor) -> Tensor:
+        """[B, T, ...] as [B, N, Q, ...], zeros where this rank has no token."""
+        parts, first = [], 0
+        for offset, tokens, count in self.runs:
+            rows = x_BT[:, first : first + tokens]
+            parts.append(_cut(rows, offset - self.skip, count, self.rows - self.skip))
+            first += tokens
+        return torch.cat(parts, dim=1) if parts else _none(x_BT, self.rows - self.skip)
+
+    def join(self, x_BNQ: Tensor) -> Tensor:
+        """[B, N, Q, ...] as [B, T, ...]."""
+        parts, first = [x_BNQ[:, :0].flatten(1, 2)], 0
+        for offset, tokens, count in self.runs:
+            flat, start = x_BNQ[:, first : first + count].flatten(1, 2), offset - self.skip
+            parts.append(flat[:, start : start + tokens])
+            first += count
+        return torch.cat(parts, dim=1)
+
+    def keyed(self, near_B: Tensor, far_B: Tensor) -> Tensor:
+        """The keys of every segment [B, N, K, ...]: its memory and its rows, from what :func:`segment_rows` found."""
+        parts, near, far = [], 0, 0
+        for offset, tokens, count in self.runs:
+            own, reach = offset + tokens, self.memory + (count - 1) * self.size
+            here = _cut(near_B[:, near : near + own], 0, count, self.rows)
+            before = far_B[:, far : far + reach]
+            # With a memory of 0 rows, unfolding would find one window too many or too few.
+            before = before.unfold(1, self.memory, self.size).movedim(-1, 2) if self.memory else here[:, :, :0]
+            parts.append(torch.cat((before, here), dim=2))
+            near, far = near + own, far + reach
+        return torch.cat(parts, dim=1) if parts else _none(near_B, self.keys)
+
+    def distances(self, device: torch.device) -> Tensor:
+        """How far every key lies before every query, int64 [Q, K]; negative behind it."""
+        query = torch.arange(self.skip, self.rows, device=device)
+        return query[:, None] + self.memory - torch.arange(self.keys, device=device)
+
+    def seen(self, context: SequenceContext, device: torch.device) -> Tensor:
+        """Which keys a query sees, bool [B, N, Q, K]; a query without a token sees its own place."""
+        back = self.distances(device)
+        return (back >= 0) & (back <= self.queries(context.positions(device))[..., None])
+
+
+def segments_of(context: SequenceContext, size: int, memory: int) -> Segments:
+    """The segments of this rank's tokens, found once per context.
+
+    Raises:
+        UnsupportedError: the layout's runs have gaps (striped).
+    """
+    found: Segments = context.once(("segments", size, memory, context.rank), lambda: _find(context, size, memory))
+    return found
+
+
+class SegmentRows(NamedTuple):
+    """Rows that keys are made of. ``near``: of the segments of this rank; ``far``: of their memories, run by run."""
+
+    near_B: Tensor
+    far_B: Tensor
+    last_BW: Tensor | None
+
+
+def segment_rows(
+    x_BTD: Tensor, context: SequenceContext, segments: Segments, stop_gradient: bool, past_BWD: Tensor | None = None
+) -> SegmentRows:
+    """The rows of this rank's segments and of their memories.
+
+    With ``stop_gradient`` no gradient flows to memories, and none is sent: only the rows of segments that are cut by
+    the end of a run return one. Where a past is given, all rows come in one halo, which returns zeros for memories.
+
+    Args:
+        past_BWD: the last M + C - 1 rows before the context, zero before the first token, the same on every rank. The
+            last rows of all are found only where it is given.
+    """
+    memory, missing = segments.memory, _missing(context, segments.size)
+    own, last = x_BTD.detach() if stop_gradient else x_BTD, None
+    if past_BWD is None and stop_gradient:
+        open_BRWD = _before(x_BTD, context, missing)
+        memory_BRMD = _before(own, context, memory, segments.size)
+    else:
+        width = memory + (missing if past_BWD is None else segments.size - 1)
+        open_BRWD, last = _before(x_BTD, context, width), past_BWD
+        if past_BWD is not None and width:
+            open_BRWD, last = halo_before(x_BTD, context, width, past_BWD)
+        memory_BRMD = None
+    # The first part has no row, but hangs on the halo, whose backward sends.
+    near, far, first = [open_BRWD.flatten(1, 2)[:, :0]], [own[:, :0]], 0
+    for number, (offset, tokens, count) in enumerate(segments.runs):
+        rows, begun = x_BTD[:, first : first + tokens], open_BRWD.shape[2] - offset
+        near += [open_BRWD[:, number, begun:], rows]
+        if memory_BRMD is None:
+            before = open_BRWD[:, number, begun - memory : begun]
+        else:
+            before = memory_BRMD[:, number]
+        reach = torch.cat((before, *near[-2:]), dim=1)[:, : memory + (count - 1) * segments.size]
+        far.append(reach.detach() if stop_gradient else reach)
+        first += tokens
+    return SegmentRows(torch.cat(near, dim=1), torch.cat(far, dim=1), last)
+
+
+def planned_segment_rows(
+    context: SequenceContext, size: int, memory: int, stop_gradient: bool, row_bytes: int
+) -> list[Transfer]:
+    """What :func:`segment_rows` without a past posts on this rank, forward and then backward."""
+    missing = _missing(context, size)
+    if not stop_gradient:
+        there, back = _planned(context, memory + missing, row_bytes)
+        return there + back
+    there, back = _planned(context, missing, row_bytes)
+    return there + _planned(context, memory, row_bytes, size)[0] + back
+
+
+def relative_attention(
+    q_BNQHE: Tensor, k_BNKHE: Tensor, v_BNKHE: Tensor, r_KHE: Tensor, biases: tuple[Tensor, Tensor], seen_BNQK: Tensor
+) -> Tensor:
+    """``softmax((q + u) k + (q + v) r over sqrt(E))`` of the keys seen, times v: [B, N, Q, H, E].
+
+    Args:
+        r_KHE: keys of the distances K - 1, ..., 1, 0 from the last query.
+        biases: u and v, [H, E].
+    """
+    u_HE, v_HE = biases
+    content = (q_BNQHE + u_HE).transpose(2, 3) @ k_BNKHE.permute(0, 1, 3, 4, 2)
+    distance = (q_BNQHE + v_HE).transpose(2, 3) @ r_KHE.permute(1, 2, 0)
+    scores = (content + relative_shift(distance)) / math.sqrt(q_BNQHE.shape[-1])
+    weights = scores.masked_fill(~seen_BNQK[:, :, None], float("-inf")).softmax(-1)
+    return (weights @ v_BNKHE.transpose(2, 3)).transpose(2, 3)
+
+
+def relative_shift(x_QK: Tensor) -> Tensor:
+    """Row i of [..., Q, K] moved left by Q - 1 - i places, what comes in from the right being without meaning.
+
+    Scores by distance, K - 1 first, become scores by key: the one relative shift of the paper.
+    """
+    *lead, Q, K = x_QK.shape
+    # One column more, then rows one shorter: every row starts one place earlier than the one before.
+    padded: Tensor = nn.functional.pad(x_QK, (1, 0)).view(*lead, K + 1, Q)
+    return padded[..., 1:, :].reshape(*lead, Q, K)
+
+
+def sinusoids(distances_K: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Sines and then cosines of distances, [K, size], wavelengths from 2 pi to 10000 times that."""
+    half = (size + 1) // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=distances_K.device, dtype=dtype) / half)
+    angles = distances_K.to(dtype)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :size]
+
+
+def _find(context: SequenceContext, size: int, memory: int) -> Segments:
+    runs = []
+    for run in context.layout.runs[context.rank]:
+        if run.step != 1:
+            raise UnsupportedError("segments are of neighbouring tokens; use a layout other than striped")
+        offset = run.start % size
+        runs.append(SegmentRun(offset, run.size, -(-(offset + run.size) // size)))
+    rows, skip = size, 0
+    if runs and all(run.segments == 1 for run in runs):
+        # A few tokens, as in decoding, do not pay for a whole segment.
+        rows, skip = max(run.offset + run.tokens for run in runs), min(run.offset for run in runs)
+    return Segments(size, memory, tuple(runs), rows, skip)
+
+
+def _missing(context: SequenceContext, size: int) -> int:
+    """Most rows that any run of any rank lacks of the segment that it starts in."""
+    return max((run.start % size for runs in context.layout.runs for run in runs), default=0)
+
+
+def _before(x_BT: Tensor, context: SequenceContext, width: int, grid: int = 1) -> Tensor:
+    """A halo [B, R, W, ...], also of no row, which sends nothing."""
+    if width:
+        return halo_before(x_BT, context, width, grid=grid)[0]
+    return x_BT.new_zeros(len(x_BT), len(context.layout.runs[context.rank]), 0, *x_BT.shape[2:])
+
+
+def _planned(
+    context: SequenceContext, width: int, row_bytes: int, grid: int = 1
+) -> tuple[list[Transfer], list[Transfer]]:
+    return planned_halo(context, "before", width, row_bytes, grid=grid) if width else ([], [])
+
+
+def _cut(rows_B: Tensor, front: int, count: int, size: int) -> Tensor:
+    """Rows behind ``front`` zeros, and filled up with zeros, as [B, count, size, ...]."""
+    batch, tokens, *rest = rows_B.shape
+    back = count * size - front - tokens
+    zeros = [rows_B.new_zeros(batch, number, *rest) for number in (front, back)]
+    return torch.cat((zeros[0], rows_B, zeros[1]), dim=1).view(batch, count, size, *rest)
+
+
+def _none(x_BT: Tensor, size: int) -> Tensor:
+    """[B, 0, size, ...] that hangs on a tensor without rows."""
+    return x_BT[:, :, None].expand(-1, -1, size, *x_BT.shape[2:])
