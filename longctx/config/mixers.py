@@ -19,6 +19,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
         "agalite": "longctx.mixers.agalite.AgaliteMixer",
         "transformer_vq": "longctx.mixers.transformer_vq.TransformerVQMixer",
+        "block_recurrent": "longctx.mixers.block_recurrent.BlockRecurrentMixer",
         "transformer_xl": "longctx.mixers.transformer_xl.TransformerXLMixer",
     }
 )
@@ -26,7 +27,7 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
 
 MIXER_NAMES = tuple(MIXER_CLASSES)
 
-_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq"})
+_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq", "block_recurrent"})
 _SOFTMAX = frozenset({"softmax"})
 
 READERS: Mapping[str, frozenset[str]] = MappingProxyType(

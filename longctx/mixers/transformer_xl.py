@@ -102,9 +102,10 @@ class TransformerXLMixer(Mixer):
         past = None if state is None else state.rows_BWD
         near, far, last = segment_rows(x_BTD, context, segments, self.stop_gradient, past)
         rows, wide = torch.cat((near, far), dim=1), torch.promote_types(x_BTD.dtype, torch.float32)
+        projected = [by_head(p(rows).to(wide), self.heads) for p in (self.k_proj, self.v_proj)]
         keys, values = (
-            segments.keyed(*by_head(p(rows).to(wide), self.heads).tensor_split([near.shape[1]], dim=1))
-            for p in (self.k_proj, self.v_proj)
+            torch.cat((segments.before(t[:, near.shape[1] :]), segments.own(t[:, : near.shape[1]])), dim=2)
+            for t in projected
         )
         q_BNQHE = segments.queries(by_head(self.q_proj(x_BTD).to(wide), self.heads))
         distances = torch.arange(segments.keys - 1, -1, -1, device=x_BTD.device)

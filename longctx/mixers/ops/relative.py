@@ -71,18 +71,28 @@ class Segments:
             first += count
         return torch.cat(parts, dim=1)
 
-    def keyed(self, near_B: Tensor, far_B: Tensor) -> Tensor:
-        """The keys of every segment [B, N, K, ...]: its memory and its rows, from what :func:`segment_rows` found."""
-        parts, near, far = [], 0, 0
+    def own(self, near_B: Tensor) -> Tensor:
+        """The rows of every segment [B, N, L, ...], from those of :attr:`SegmentRows.near_B`."""
+        parts, first = [], 0
         for offset, tokens, count in self.runs:
-            own, reach = offset + tokens, self.memory + (count - 1) * self.size
-            here = _cut(near_B[:, near : near + own], 0, count, self.rows)
-            before = far_B[:, far : far + reach]
-            # With a memory of 0 rows, unfolding would find one window too many or too few.
-            before = before.unfold(1, self.memory, self.size).movedim(-1, 2) if self.memory else here[:, :, :0]
-            parts.append(torch.cat((before, here), dim=2))
-            near, far = near + own, far + reach
-        return torch.cat(parts, dim=1) if parts else _none(near_B, self.keys)
+            parts.append(_cut(near_B[:, first : first + offset + tokens], 0, count, self.rows))
+            first += offset + tokens
+        return torch.cat(parts, dim=1) if parts else _none(near_B, self.rows)
+
+    def before(self, far_B: Tensor) -> Tensor:
+        """The memory of every segment [B, N, M, ...], from the rows of :attr:`SegmentRows.far_B`."""
+        parts, first = [], 0
+        for run in self.runs if self.memory else ():
+            rows = far_B[:, first : first + self.reach(run)]
+            parts.append(rows.unfold(1, self.memory, self.size).movedim(-1, 2))
+            first += self.reach(run)
+        count = sum(run.segments for run in self.runs)
+        # Where nothing is remembered there are no rows; where there is no run, what is returned hangs on them.
+        return torch.cat(parts, dim=1) if parts else _cut(far_B, 0, count, 0) if count else _none(far_B, self.memory)
+
+    def reach(self, run: SegmentRun) -> int:
+        """Rows that the memories of a run span."""
+        return self.memory + (run.segments - 1) * self.size if self.memory else 0
 
     def distances(self, device: torch.device) -> Tensor:
         """How far every key lies before every query, int64 [Q, K]; negative behind it."""
@@ -106,7 +116,8 @@ def segments_of(context: SequenceContext, size: int, memory: int) -> Segments:
 
 
 class SegmentRows(NamedTuple):
-    """Rows that keys are made of. ``near``: of the segments of this rank; ``far``: of their memories, run by run."""
+    """Rows that keys are made of, run by run. ``near``: of this rank's segments up to where the run ends; ``far``: of
+    their memories. ``last``: of all ranks, for a state."""
 
     near_B: Tensor
     far_B: Tensor
@@ -138,16 +149,16 @@ def segment_rows(
         memory_BRMD = None
     # The first part has no row, but hangs on the halo, whose backward sends.
     near, far, first = [open_BRWD.flatten(1, 2)[:, :0]], [own[:, :0]], 0
-    for number, (offset, tokens, count) in enumerate(segments.runs):
-        rows, begun = x_BTD[:, first : first + tokens], open_BRWD.shape[2] - offset
+    for number, run in enumerate(segments.runs):
+        rows, begun = x_BTD[:, first : first + run.tokens], open_BRWD.shape[2] - run.offset
         near += [open_BRWD[:, number, begun:], rows]
         if memory_BRMD is None:
             before = open_BRWD[:, number, begun - memory : begun]
         else:
             before = memory_BRMD[:, number]
-        reach = torch.cat((before, *near[-2:]), dim=1)[:, : memory + (count - 1) * segments.size]
-        far.append(reach.detach() if stop_gradient else reach)
-        first += tokens
+        span = torch.cat((before, *near[-2:]), dim=1)[:, : segments.reach(run)]
+        far.append(span.detach() if stop_gradient else span)
+        first += run.tokens
     return SegmentRows(torch.cat(near, dim=1), torch.cat(far, dim=1), last)
 
 
