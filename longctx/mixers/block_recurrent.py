@@ -136,28 +136,12 @@ class BlockRecurrentMixer(Mixer):
         if state is None and context.past:
             raise ValueError(f"the context has {context.past} past tokens but no state holds them")
         kv_BT2HE = torch.stack([by_head(p(x_BTD), self.heads) for p in (self.k_proj, self.v_proj)], dim=2)
-        past = None if state is None else state.last_BW2HE
-        before, last = halo_before(kv_BT2HE, context, self.block, past)
+        before, last = halo_before(kv_BT2HE, context, self.block, None if state is None else state.last_BW2HE)
         near_q, far_q = by_head(self.q_proj(x_BTD), 2 * self.heads).chunk(2, dim=2)
         window_BTHE = self._window(near_q, with_before(kv_BT2HE, before, context), context)
-        blocks = blocks_of(context, self.block)
-        weights = self._weights(torch.promote_types(x_BTD.dtype, torch.float32))
-        new = initial_states(weights, self.heads, self.eps)
-        start = States(*(t.expand(len(x_BTD), *t.shape[1:]) for t in new))
-        if state is not None and context.past:
-            start = States(state.s_BSD, state.kv_B2SHE)
-        rows = blocks.cut.own(_open_rows(kv_BT2HE, before, blocks))
-        entering, s_BSD = states_of_blocks(
-            rows, blocks, start, new, weights, context, self.eps, final=state is not None
-        )
-        read_BTHE = self._read(far_q, entering, new.kv_B2SHE, blocks)
+        read_BTHE, after = self._recur(far_q, kv_BT2HE, before, context, state)
         y_BTD = self.o_proj(torch.cat((window_BTHE, read_BTHE), dim=2).flatten(2))
-        if s_BSD is None or last is None:
-            return y_BTD, None
-        kv = start.kv_B2SHE
-        if context.length // self.block > context.past // self.block:
-            kv = keys_and_values(s_BSD, weights, self.heads, self.eps)
-        return y_BTD, BlockRecurrentState(s_BSD, kv, last)
+        return y_BTD, None if last is None or after is None else BlockRecurrentState(*after, last)
 
     def _window(self, q_BTHE: Tensor, kv_BM2HE: Tensor, context: SequenceContext) -> Tensor:
         """Attention of tokens to themselves and the W before them, [B, T, H, E]."""
@@ -168,6 +152,28 @@ class BlockRecurrentMixer(Mixer):
             for t, own in ((q_BTHE, local), (k_BMHE, as_queries(local)))
         )
         return attention(q_BTHE, k_BMHE, v_BMHE, local, window=self.block + 1)
+
+    def _recur(
+        self, q_BTHE: Tensor, kv_BT2HE: Tensor, before_BRW2HE: Tensor, context: SequenceContext,
+        state: BlockRecurrentState | None,
+    ) -> tuple[Tensor, States | None]:  # fmt: skip
+        """What tokens find in the states [B, T, H, E]; with a state, the states after the last token of all ranks."""
+        blocks, wide = blocks_of(context, self.block), torch.promote_types(q_BTHE.dtype, torch.float32)
+        weights = self._weights(wide)
+        new = initial_states(weights, self.heads, self.eps)
+        start = States(*(t.expand(len(q_BTHE), *t.shape[1:]) for t in new))
+        if state is not None and context.past:
+            start = States(state.s_BSD, state.kv_B2SHE)
+        rows = blocks.cut.own(_open_rows(kv_BT2HE, before_BRW2HE, blocks))
+        entering, s_BSD = states_of_blocks(
+            rows, blocks, start, new, weights, context, self.eps, final=state is not None
+        )
+        read_BTHE = self._read(q_BTHE, entering, new.kv_B2SHE, blocks)
+        if s_BSD is None:
+            return read_BTHE, None
+        if context.length // self.block == context.past // self.block:
+            return read_BTHE, States(s_BSD, start.kv_B2SHE)  # no block has ended
+        return read_BTHE, States(s_BSD, keys_and_values(s_BSD, weights, self.heads, self.eps))
 
     def _read(self, q_BTHE: Tensor, entering_BN2SHE: Tensor, new_B2SHE: Tensor, blocks: Blocks) -> Tensor:
         """What tokens find in the states before their block, or in the initial ones, [B, T, H, E]."""

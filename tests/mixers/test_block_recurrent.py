@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, peak_bytes
+from contract_cases import Problem, peak_bytes, solve, solve_all
+from pool import Pool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -188,6 +189,20 @@ def test_a_document_on_the_grid_is_what_it_is_alone(seed: int) -> None:
     alone, own = mixer(x[:1, 8:], SequenceContext.single(1, S - 8), mixer.empty_state(1, x))
     torch.testing.assert_close(packed[:1, 8:], alone, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state.s_BSD[:1], own.s_BSD, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_blocks_longer_than_shards(layout: str, pool: Pool, seed: int) -> None:
+    """Ranks in the middle of a block read states that another rank updates, from rows of several ranks."""
+    given = replace(problem(seed, 13, length=37), layout=layout)
+    problems = [given, replace(given, cuts=(30,))]
+    ranks = pool.run(solve_all, 4, problems)
+    for number, wanted in enumerate(solve(p) for p in problems):
+        found = ranks[0][number]
+        torch.testing.assert_close(found.y_BSD, wanted.y_BSD, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.dx_BSD, wanted.dx_BSD, rtol=1e-10, atol=1e-10)
+        for name, gradient in wanted.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-10, atol=1e-10)
 
 
 def test_a_window_and_the_states_are_all_that_is_sent() -> None:

@@ -4,13 +4,15 @@ Legend: B batch, S tokens, D model, H heads, E head dim, C tokens per segment, M
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contract_cases import Problem, peak_bytes
+from contract_cases import Problem, peak_bytes, solve, solve_all
+from pool import Pool
 from torch import Tensor
 
 from longctx.config.check import find_problems
@@ -197,6 +199,20 @@ def test_a_cut_segment_returns_the_gradient_of_its_rows_alone() -> None:
 def test_a_memory_longer_than_a_shard_comes_from_several_ranks() -> None:
     found = planned(problem(0, 4, 11, length=16), 3, 4)
     assert found == [Transfer("halo", "receive", peer, row(count)) for peer, count in ((0, 3), (1, 4), (2, 4))]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_segments_longer_than_shards(layout: str, pool: Pool, seed: int) -> None:
+    """A segment over three and more ranks, whose rows all come to the last, with a gradient; and with a state."""
+    given = replace(problem(seed, 17, 3, length=37), layout=layout)
+    problems = [given, replace(given, cuts=(30,))]
+    ranks = pool.run(solve_all, 4, problems)
+    for number, wanted in enumerate(solve(p) for p in problems):
+        found = ranks[0][number]
+        torch.testing.assert_close(found.y_BSD, wanted.y_BSD, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.dx_BSD, wanted.dx_BSD, rtol=1e-10, atol=1e-10)
+        for name, gradient in wanted.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-10, atol=1e-10)
 
 
 def test_a_token_to_decode_does_not_pay_for_a_segment() -> None:

@@ -136,30 +136,18 @@ def segment_rows(
         past_BWD: the last M + C - 1 rows before the context, zero before the first token, the same on every rank. The
             last rows of all are found only where it is given.
     """
-    memory, missing = segments.memory, _missing(context, segments.size)
-    own, last = x_BTD.detach() if stop_gradient else x_BTD, None
-    if past_BWD is None and stop_gradient:
-        open_BRWD = _before(x_BTD, context, missing)
-        memory_BRMD = _before(own, context, memory, segments.size)
-    else:
-        width = memory + (missing if past_BWD is None else segments.size - 1)
-        open_BRWD, last = _before(x_BTD, context, width), past_BWD
-        if past_BWD is not None and width:
-            open_BRWD, last = halo_before(x_BTD, context, width, past_BWD)
-        memory_BRMD = None
+    open_BRWD, memory_BRMD, last = _halos(x_BTD, context, segments, stop_gradient, past_BWD)
     # The first part has no row, but hangs on the halo, whose backward sends.
-    near, far, first = [open_BRWD.flatten(1, 2)[:, :0]], [own[:, :0]], 0
+    near, far, first = [open_BRWD.flatten(1, 2)[:, :0]], [x_BTD[:, :0]], 0
     for number, run in enumerate(segments.runs):
-        rows, begun = x_BTD[:, first : first + run.tokens], open_BRWD.shape[2] - run.offset
-        near += [open_BRWD[:, number, begun:], rows]
-        if memory_BRMD is None:
-            before = open_BRWD[:, number, begun - memory : begun]
-        else:
-            before = memory_BRMD[:, number]
-        span = torch.cat((before, *near[-2:]), dim=1)[:, : segments.reach(run)]
-        far.append(span.detach() if stop_gradient else span)
+        begun = open_BRWD.shape[2] - run.offset
+        before = open_BRWD[:, number, begun - segments.memory : begun]
+        before = before if memory_BRMD is None else memory_BRMD[:, number]
+        near += [open_BRWD[:, number, begun:], x_BTD[:, first : first + run.tokens]]
+        far.append(torch.cat((before, *near[-2:]), dim=1)[:, : segments.reach(run)])
         first += run.tokens
-    return SegmentRows(torch.cat(near, dim=1), torch.cat(far, dim=1), last)
+    far_BD = torch.cat(far, dim=1)
+    return SegmentRows(torch.cat(near, dim=1), far_BD.detach() if stop_gradient else far_BD, last)
 
 
 def planned_segment_rows(
@@ -222,6 +210,21 @@ def _find(context: SequenceContext, size: int, memory: int) -> Segments:
         # A few tokens, as in decoding, do not pay for a whole segment.
         rows, skip = max(run.offset + run.tokens for run in runs), min(run.offset for run in runs)
     return Segments(size, memory, tuple(runs), rows, skip)
+
+
+def _halos(
+    x_BTD: Tensor, context: SequenceContext, segments: Segments, stop_gradient: bool, past_BWD: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows right before the runs; memories, where they are not among these; the last rows of all, with a past."""
+    memory, missing = segments.memory, _missing(context, segments.size)
+    if past_BWD is not None:
+        width = memory + segments.size - 1
+        rows, last = halo_before(x_BTD, context, width, past_BWD) if width else (_before(x_BTD, context, 0), past_BWD)
+        return rows, None, last
+    if stop_gradient:
+        rows = _before(x_BTD, context, missing)
+        return rows, _before(x_BTD.detach(), context, memory, segments.size), None
+    return _before(x_BTD, context, memory + missing), None, None
 
 
 def _missing(context: SequenceContext, size: int) -> int:
