@@ -4,7 +4,7 @@ Dai et al., arXiv 1901.02860, sections 3.2 and 3.3. Token i sees key j of its se
 segment, by the score ``q_i k_j + q_i W_R R_(i-j) + u k_j + v W_R R_(i-j)`` over ``sqrt(E)``; R are sinusoids of the
 distance, u and v are learned in every layer. The memory holds inputs of this layer, after its norm; keys and values are
 made from them anew. No gradient flows into it unless ``stop_gradient: false``. Through L layers a token reaches L M
-tokens beyond its segment.
+tokens beyond its segment, where M is a multiple of the segment, else a few more.
 
 Since a layer reads only rows of the layer below, all segments run at once, as one layer of any decoder. Segments are
 counted by the place in the sequence, as in a stream that is cut: a document that starts inside a segment begins with a
