@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from longctx.config.schema import Config, Model
-from longctx.model.decoder import CausalLM
+from longctx.model.block_transformer import build_native
 from longctx.recurrence import with_recurrence
 from longctx.runtime.mesh import build_mesh
 from longctx.sequence.layout import Run
@@ -129,7 +129,7 @@ def build(case: Case, weights: Callable[[Any], None] | None = None) -> tuple[Tra
     """A trainer in the current process world; ``weights`` may replace those drawn from the seed."""
     config, shape = config_of(case), model_config(case)
     mesh = build_mesh(case.degree, torch.device("cpu"), 60, case.inner)
-    model: Any = with_recurrence(CausalLM(shape, recompute=case.recompute, seed=case.seed), case.seed)
+    model: Any = with_recurrence(build_native(shape, recompute=case.recompute, seed=case.seed), case.seed)
     if case.fp64:
         model = model.double()
     if weights is not None:

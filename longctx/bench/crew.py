@@ -35,8 +35,10 @@ class Crew:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in [*self._world, *([self._single] if self._single else [])]:
-            process.kill() if kind else process.stdin.close()  # type: ignore[union-attr]
-            process.wait()
+            if kind:
+                process.kill()
+            with process:  # closes its pipes, which ends it, and waits
+                pass
         self._stack.close()
 
     def single(self, order: dict[str, Any]) -> dict[str, float]:

@@ -16,11 +16,15 @@ from longctx.config.schema import Model
 from longctx.mixers import MIXERS
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.runtime.mesh import Group
+from longctx.sequence.collectives.handoff import idle_share
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS
 
 LENGTHS = tuple(2**power for power in range(11, 17))
 """2,048 to 65,536 tokens."""
+
+HANDOFF_ROWS = 8
+"""Sequences that the tokens are cut into where ranks hand a state on, and pieces of the pipeline over them."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,20 @@ def _prepared(name: str, length: int) -> Callable[[], None]:
 
 
 def measured_mixer(shape: Shape, name: str, group: Group) -> Callable[[], float]:
-    """A function that runs a forward and backward of one layer on this rank's share and returns its seconds."""
-    config = model_config(name, shape.heads, shape.head_dim)
+    """A function that runs a forward and backward of one layer on this rank's share and returns its seconds.
+
+    Args:
+        name: of a mixer; of one that hands a state on, also ``NAME/PIECES``.
+    """
+    mixer, _, pieces = name.partition("/")
+    config = model_config(mixer, shape.heads, shape.head_dim)
+    if pieces:
+        config = config.model_copy(update={"mixer_options": {mixer: {"pieces": int(pieces)}}})
     layer = CausalLM(config).layers[0]
     assert isinstance(layer, DecoderLayer)
-    layout = "zigzag" if name in ("softmax", "yoco") else "contiguous"
-    context = SequenceContext(group, LAYOUTS[layout](shape.length, group.size), ((0,),))
+    context = _shared_context(shape, mixer, group)
     generator = torch.Generator().manual_seed(shape.seed + group.rank)
-    x = torch.randn(1, context.local_length, config.hidden_size, generator=generator).requires_grad_()
+    x = torch.randn(context.batch, context.local_length, config.hidden_size, generator=generator).requires_grad_()
 
     def run() -> float:
         started = time.perf_counter()
@@ -126,11 +136,24 @@ def measured_mixer(shape: Shape, name: str, group: Group) -> Callable[[], float]
     return run
 
 
+def _shared_context(shape: Shape, mixer: str, group: Group) -> SequenceContext:
+    """One sequence; the same tokens as several rows, micro-batches in a pipeline, for mixers that hand a state on."""
+    rows = HANDOFF_ROWS if "handoff" in MIXERS[mixer].collectives else 1
+    layout = "zigzag" if mixer in ("softmax", "yoco") else "contiguous"
+    return SequenceContext(group, LAYOUTS[layout](shape.length // rows, group.size), ((0,),) * rows)
+
+
 @dataclass(frozen=True)
 class Efficiency:
-    """Seconds of one process with as many threads as ranks, divided by the slowest rank's, over rounds."""
+    """Seconds of one process with as many threads as ranks, divided by the slowest rank's, over rounds.
+
+    Args:
+        mixer: and, of one that hands a state on, the pieces that its rows are worked on in.
+        bubble: what is left of 1 where ranks wait for the state handed on and all else is free; None: none is.
+    """
 
     mixer: str
+    bubble: float | None
     median: float
     lowest: float
     highest: float
@@ -140,7 +163,7 @@ def efficiency(
     shape: Shape, ranks: int, rounds: int, only: Sequence[str] = (), advance: Callable[[str], None] = lambda _: None
 ) -> list[Efficiency]:
     """Measure every mixer, or ``only`` some, on ``ranks`` ranks of one thread each, in turns with one process."""
-    names = list(only) or list(MIXERS)
+    names = [contender for name in list(only) or list(MIXERS) for contender in _contenders(name)]
     ratios: dict[str, list[float]] = {name: [] for name in names}
     with Crew(ranks, 1) as crew:
         for _ in range(rounds):
@@ -148,14 +171,33 @@ def efficiency(
                 advance(name)
                 order = {"contender": name, "shape": asdict(shape), "runs": 1}
                 ratios[name].append(crew.single(order)["seconds"] / crew.world(order)["seconds"])
-    return [Efficiency(name, median(found), min(found), max(found)) for name, found in ratios.items()]
+    return [
+        Efficiency(name, _bubble(shape, name, ranks), median(found), min(found), max(found))
+        for name, found in ratios.items()
+    ]
+
+
+def _contenders(mixer: str) -> list[str]:
+    """A mixer that hands a state on is measured without a pipeline, too."""
+    return [mixer] if "handoff" not in MIXERS[mixer].collectives else [f"{mixer}/1", f"{mixer}/{HANDOFF_ROWS}"]
+
+
+def _bubble(shape: Shape, name: str, ranks: int) -> float | None:
+    mixer, _, pieces = name.partition("/")
+    context = _shared_context(shape, mixer, Group(0, tuple(range(ranks))))
+    return 1 - idle_share(context, int(pieces)) if pieces else None
 
 
 def efficiency_table(found: Sequence[Efficiency], ranks: int, shape: Shape) -> list[str]:
     """The results as lines of text."""
     head = f"| mixer | efficiency of {ranks} ranks against one process of {ranks} threads, {shape.length:,} tokens |"
-    rows = [f"| {row.mixer} | {row.median:.2f} ({row.lowest:.2f} to {row.highest:.2f}) |" for row in found]
-    return [head, "|---|---|", *rows]
+    lines = [f"{head} if only waiting cost |", "|---|---|---|"]
+    for row in found:
+        mixer, _, pieces = row.mixer.partition("/")
+        called = f"{mixer}, {HANDOFF_ROWS} sequences in {pieces} piece{'s' * (pieces != '1')}" if pieces else mixer
+        bubble = "" if row.bubble is None else f"{row.bubble:.2f}"
+        lines.append(f"| {called} | {row.median:.2f} ({row.lowest:.2f} to {row.highest:.2f}) | {bubble} |")
+    return lines
 
 
 def table(found: Sequence[Growth]) -> list[str]:

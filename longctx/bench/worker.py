@@ -53,7 +53,7 @@ def _carry_out(order: dict[str, Any], group: Group, known: dict[str, Callable[[]
     """Mean seconds of ``runs`` runs; of a contender's first order, also the memory of one before, beyond its inputs."""
     name, answer = order["contender"], {}
     if name not in known:
-        make = measured_mixer if name in MIXERS else measured
+        make = measured_mixer if name.partition("/")[0] in MIXERS else measured
         known[name] = make(Shape(**order["shape"]), name, group)
         before = _reset_peak()
         known[name]()

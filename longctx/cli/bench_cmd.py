@@ -7,6 +7,8 @@ import typing
 from dataclasses import asdict
 from pathlib import Path
 
+from longctx.cli.options import add_config_arguments
+
 if typing.TYPE_CHECKING:
     from longctx.bench.problem import Shape
 
@@ -40,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mixers.add_argument("--mixers", metavar="NAME,...", default="", help="measure these alone (default: all)")
     mixers.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     mixers.add_argument("--plot", metavar="FILE", type=Path, help="draw them here (PNG)")
+    training = subparsers.add_parser("training", help="every mechanism in one decoder, trained for equally many tokens")
+    training.add_argument("--kinds", metavar="NAME,...", default="", help="train these alone (default: all)")
+    training.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    add_config_arguments(training)
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -56,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return _mixers(args)
     if args.what == "recall":
         return _recall(args)
+    if args.what == "training":
+        return _training(args)
     shape = _shape(args)
     return _simulate(args, shape) if args.simulate is not None else _measure(args, shape)
 
@@ -182,6 +190,32 @@ def _recall(args: argparse.Namespace) -> int:
                 print(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers_of) + " |", flush=True)
         if mesh.is_first:
             _write(args.json, [asdict(result) for result in found])
+    return 0
+
+
+def _training(args: argparse.Namespace) -> int:
+    from longctx.bench.training import VARIANTS, Trained, table, train_all
+    from longctx.errors import ConfigError
+    from longctx.runtime.launcher import read_launch
+
+    names = [name for name in args.kinds.split(",") if name] or list(VARIANTS)
+    if unknown := sorted(set(names) - set(VARIANTS)):
+        raise ConfigError(f"--kinds {unknown[0]} is unknown; choose from {', '.join(VARIANTS)}")
+    _check_file(args.json)
+    launch = read_launch()
+    if launch.world > 1:
+        raise ConfigError(f"{launch.world} processes were launched and one is measured; start it without a launcher")
+    done: list[Trained] = []
+
+    def keep(trained: Trained) -> None:
+        done.append(trained)
+        if args.json is not None:  # now: a long run loses nothing
+            args.json.write_text(json.dumps([asdict(row) for row in done], indent=1) + "\n", encoding="utf-8")
+
+    train_all(args.config, args.overrides, names, launch, keep, _progress)
+    print("\n".join(table(done)))
+    if args.json is not None:
+        print(f"wrote {args.json}")
     return 0
 
 

@@ -48,11 +48,15 @@ def _count(model: "Model") -> int:
     """
     import torch
 
-    from longctx.model.decoder import CausalLM
+    from longctx.model.block_transformer import build_native
     from longctx.recurrence import with_recurrence
 
     with torch.device("meta"):
-        return sum(p.numel() for p in with_recurrence(CausalLM(model, seed=None), None).parameters())
+        return sum(p.numel() for p in with_recurrence(build_native(model, seed=None), None).parameters())
+
+
+def _no_export(model: "Model") -> str:
+    return f"not possible: only {'plain decoders export' if model.block is not None else 'softmax exports'}"
 
 
 def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]:
@@ -72,11 +76,14 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     corpus = "not built yet"
     if size.corpus_tokens:
         corpus = f"{size.corpus_tokens:,} training tokens, {size.total_tokens / size.corpus_tokens:.2f} passes"
-    exports = set(model.mixers) == {"softmax"} and model.recurrence is None
+    exports = set(model.mixers) == {"softmax"} and model.recurrence is None and model.block is None
+    layers = f"{model.num_layers} layers"
+    if model.block is not None:
+        layers += f" over blocks of {model.block.size} and {model.token_layers} inside"
     engine = f"deepspeed, ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else config.engine.kind
     return [
         ("run", str(config.run)),
-        ("model", f"{model.architecture}, {model.num_layers} layers, width {model.hidden_size}, {parameters}"),
+        ("model", f"{model.architecture}, {layers}, width {model.hidden_size}, {parameters}"),
         ("sequence", f"{length:,} tokens, {config.sequence.layout} {config.sequence.scheme}"),
         ("ranks", ranks if world else f"{ranks} (the smallest world; give --world N to check another)"),
         (
@@ -87,7 +94,7 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
         ("corpus", corpus),
         (
             "export",
-            f"as a Hugging Face {model.architecture} model" if exports else "not possible: only softmax exports",
+            f"as a Hugging Face {model.architecture} model" if exports else _no_export(model),
         ),
         ("engine", f"{engine}, {train.precision}"),
     ]

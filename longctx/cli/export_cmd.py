@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
             f"{args.source} is a model behind the recurrence {config.recurrence.kind}, which no Hugging Face folder "
             "holds; generate and eval take it as it is"
         )
+    if config.block is not None:
+        raise ConfigError(
+            f"{args.source} is a Block Transformer (model.block), which no Hugging Face folder holds; generate and "
+            "eval take it as it is"
+        )
     assert isinstance(model, AttachedCausalLM | CausalLM)
     config = config.model_copy(update={"family": args.family or config.family})
     check_exportable(config)

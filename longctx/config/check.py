@@ -123,6 +123,32 @@ def _recurrence(config: Config) -> Iterator[Problem]:
             "a recurrence runs each layer once per segment, and DeepSpeed cannot take a parameter's gradient from more "
             "than one recomputed region; leave recompute off or use engine.kind torch",
         )
+    if config.model.recurrence.wavefront:
+        yield from _wavefront(config, config.model.recurrence.segment)
+
+
+def _wavefront(config: Config, segment: int) -> Iterator[Problem]:
+    here = ("model", "recurrence", "wavefront")
+    if config.engine.kind == "deepspeed" and config.engine.zero > 2:
+        yield Problem(
+            here,
+            f"ranks are in different layers at a time, and engine.zero {config.engine.zero} wants all in the same one; "
+            "use zero 2 or less, or leave wavefront out",
+        )
+    count = -(-config.sequence.length // segment)
+    if count < config.sequence.degree:
+        message = f"{count} segments of {segment} tokens leave some of the {config.sequence.degree} ranks without one"
+        yield Problem(here, f"{message}; use a shorter segment, more tokens or a smaller sequence.degree")
+    for name in sorted({"layout", "scheme", "inner"} & config.sequence.model_fields_set):
+        yield Problem(("sequence", name), f"has no effect beside {dotted(here)}: segments are not cut; leave it out")
+
+
+def _block(config: Config) -> Iterator[Problem]:
+    if config.model.block is not None and config.sequence.layout == "striped":
+        yield Problem(
+            ("sequence", "layout"),
+            "striped tears every block of model.block apart; use contiguous, zigzag or balanced",
+        )
 
 
 def _sequence(config: Config) -> Iterator[Problem]:
@@ -250,7 +276,7 @@ def _packages(config: Config) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _without_effect, _run, _from_hf, _mixer, _recurrence, _rope, _data, _sequence, _train, _engine, _packages,
+    _without_effect, _run, _from_hf, _mixer, _recurrence, _block, _rope, _data, _sequence, _train, _engine, _packages,
 )  # fmt: skip
 
 

@@ -99,12 +99,18 @@ class Recurrence(Section):
     memory: NonNegative = Field(16, description="memory tokens per segment")
     bptt: NonNegative | None = Field(None, description="segment boundaries that gradients cross at most; default: all")
     keys: PositiveInt | None = Field(None, description="armt: size of a memory key before its features; default: 64")
+    wavefront: bool = Field(False, description="armt: ranks run whole segments in turn; default: each is cut over all")
     curriculum: tuple[tuple[NonNegative, PositiveInt], ...] = Field(
         (), description="[step, segments] pairs: from that step on memory is carried over at most so many segments"
     )
 
     @model_validator(mode="after")
-    def _ascending(self) -> "Recurrence":
+    def _possible(self) -> "Recurrence":
+        if self.wavefront and self.kind != "armt":
+            raise ValueError(
+                f"wavefront needs a memory of every layer, kind {self.kind} hands the last layer's to the first; "
+                f"use kind armt or leave wavefront out"
+            )
         steps = [step for step, _ in self.curriculum]
         if steps != sorted(set(steps)):
             raise ValueError(f"the steps of curriculum {steps} should ascend")
@@ -118,6 +124,18 @@ class Recurrence(Section):
         """Segments that memory is carried over in optimizer step ``step`` (from 0); None: all."""
         reached = [segments for first, segments in self.curriculum if first <= step]
         return reached[-1] if reached else None
+
+
+class Block(Section):
+    """A global-to-local decoder: layers over blocks of tokens, then a decoder inside each block.
+
+    ``num_layers``, ``mixer`` and ``layers`` of the model describe the layers over blocks, whose positions count blocks
+    (see ``longctx.model.block_transformer``).
+    """
+
+    size: PositiveInt = Field(4, description="tokens per block")
+    layers: int | None = Field(None, ge=0, description="softmax layers inside blocks; default: as many as over blocks")
+    prefix: PositiveInt = Field(2, description="positions before a block's tokens that hold what came before it")
 
 
 _BESIDE_HF = {"rope", "max_position_embeddings", "recurrence"}
@@ -145,6 +163,7 @@ class Model(Section):
         default_factory=dict, description="settings of mixers by their name, as in {gated_retention: {chunk: 128}}"
     )
     recurrence: Recurrence | None = Field(None, description="recurrence over segments; default: none")
+    block: Block | None = Field(None, description="layers over blocks and a decoder inside them; default: none")
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -189,12 +208,31 @@ class Model(Section):
             raise ValueError(f"head_dim {self.head_size} * rope.partial_rotary_factor must be even")
         return self
 
+    @model_validator(mode="after")
+    def _blocks(self) -> "Model":
+        if self.block is None:
+            return self
+        size = self.block.size
+        if self.hidden_size % size:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of block.size {size}")
+        if self.recurrence is not None:
+            raise ValueError("recurrence runs a decoder segment by segment, which block is not made for; leave one out")
+        if self.sliding_window is not None:
+            raise ValueError("sliding_window counts tokens, but what block's layers see are blocks; leave it out")
+        if self.rope.rope_type != "default":
+            raise ValueError(
+                f"rope.rope_type {self.rope.rope_type} scales positions of tokens, but the positions of block's layers "
+                "count blocks; use default"
+            )
+        return self
+
     def idle(self) -> dict[str, str]:
         """See :class:`Section`."""
         if self.from_hf is not None:
             reason = f"it comes from model.from_hf ({self.from_hf})"
             return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - (_BESIDE_HF & self.model_fields_set), reason)
-        idle = {"hf_config": "it is read from the folder that model.from_hf names", **unread(self.mixers)}
+        inside = ("softmax",) if self.token_layers else ()
+        idle = {"hf_config": "it is read from the folder that model.from_hf names", **unread((*self.mixers, *inside))}
         if self.layers is not None:
             idle["mixer"] = "model.layers names the mixer of every layer"
         return idle if self.sliding_window else {"window_layers": "there is no model.sliding_window", **idle}
@@ -210,6 +248,13 @@ class Model(Section):
     def mixers(self) -> tuple[str, ...]:
         """Name of every layer's mixer."""
         return self.layers or (self.mixer,) * self.num_layers
+
+    @property
+    def token_layers(self) -> int:
+        """Layers inside blocks, beside the ``num_layers`` over them."""
+        if self.block is None:
+            return 0
+        return self.num_layers if self.block.layers is None else self.block.layers
 
     @property
     def kv_heads(self) -> int:
@@ -417,6 +462,6 @@ class Config(Section):
 
 
 __all__ = [
-    "Checkpoint", "Config", "Data", "Engine", "Model", "Recurrence", "Rope", "Runtime", "Schedule", "Section",
+    "Block", "Checkpoint", "Config", "Data", "Engine", "Model", "Recurrence", "Rope", "Runtime", "Schedule", "Section",
     "Sequence", "Source", "Trackers", "Train",
 ]  # fmt: skip

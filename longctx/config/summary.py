@@ -47,7 +47,8 @@ def summarize(config: Config, model: Model, world: int | None = None) -> Summary
 
 
 def _is_plain(model: Model) -> bool:
-    return model.hf_config is None and model.recurrence is None and set(model.mixers) == {"softmax"}
+    wrapped = model.hf_config is not None or model.recurrence is not None or model.block is not None
+    return not wrapped and set(model.mixers) == {"softmax"}
 
 
 def count_parameters(model: Model, vocab_size: int) -> int:

@@ -24,6 +24,7 @@ from longctx.mixers.layers import LayerNorm, Learned, Linear
 from longctx.mixers.ops.shapes import by_head
 from longctx.mixers.ops.ttt import InnerModel, TTTState, planned_ttt_linear, ttt_linear
 from longctx.positions.rope import RotaryEmbedding
+from longctx.sequence.collectives.handoff import default_pieces
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
@@ -35,7 +36,7 @@ class TTTOptions(Section):
     rate: PositiveFloat = Field(1.0, description="base learning rate of the inner model")
     output: Literal["gated", "plain"] = Field("gated", description="whether a gelu gate multiplies the output")
     pieces: PositiveInt | None = Field(
-        None, description="groups of heads and sequences that ranks work on in turn; default: as many as ranks"
+        None, description="groups of heads and sequences that ranks work on in turn; default: four per rank"
     )
 
 
@@ -82,7 +83,7 @@ class TTTMixer(Mixer):
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
         """See :class:`Mixer`."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        return planned_ttt_linear(context, self.heads, self.head_dim, self.pieces or context.degree, wide)
+        return planned_ttt_linear(context, self.heads, self.head_dim, self.pieces or default_pieces(context), wide)
 
     def mix(
         self, x_BTD: Tensor, context: SequenceContext, state: TTTState | None = None
@@ -99,7 +100,7 @@ class TTTMixer(Mixer):
         q, k = self.rope.rotate(q, cos_sin), self.rope.rotate(k, cos_sin)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         rate_BTH = self.rate_proj(x_BTD).to(wide).sigmoid() * (self.rate / self.head_dim)
-        inner, pieces = self._inner_model(wide), self.pieces or context.degree
+        inner, pieces = self._inner_model(wide), self.pieces or default_pieces(context)
         y_BTHE, after = ttt_linear(q, k, v - k, rate_BTH, inner, context, state, pieces)
         y_BTHE = q + inner.normalised(y_BTHE)
         y_BTD = self.out_norm(y_BTHE.flatten(2).to(x_BTD.dtype))

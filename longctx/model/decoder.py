@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
-from longctx.mixers import MIXERS
+from longctx.mixers import MIXERS, Mixer
 from longctx.mixers.layers import Embedding, Learned, Linear, RMSNorm
 from longctx.model.head import OutputHead
 from longctx.model.recompute import recomputed
@@ -50,13 +50,17 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer. With ``recompute`` all of it but attention and communication runs again in the backward."""
+    """One pre-norm layer. With ``recompute`` all of it but attention and communication runs again in the backward.
 
-    def __init__(self, config: Model, layer: int, recompute: bool = False) -> None:
+    Args:
+        mixer: default: the one that the config names.
+    """
+
+    def __init__(self, config: Model, layer: int, recompute: bool = False, mixer: Mixer | None = None) -> None:
         super().__init__()
         self.recompute = recompute
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[config.mixers[layer]](config, layer)
+        self.mixer = mixer or MIXERS[config.mixers[layer]](config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -96,13 +100,16 @@ class CausalLM(nn.Module):
         seed: initialise the weights from this seed; None leaves them uninitialised (they are about to be loaded).
 
     Raises:
-        ConfigError: ``vocab_size`` is missing, a mixer is not registered or has an option it does not know.
+        ConfigError: ``vocab_size`` is missing, a mixer is not registered or has an option it does not know, or the
+            config asks for layers over blocks.
     """
 
     def __init__(self, config: Model, *, recompute: bool = False, seed: int | None = 0) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is not set and no tokenizer has filled it in; set model.vocab_size")
+        if config.block is not None:
+            raise ConfigError("a model with model.block is a BlockTransformer; build it with build_native")
         for name in config.mixers:
             if name not in MIXERS:
                 raise ConfigError(f"the mixer {name!r} is not registered; choose from {', '.join(MIXERS)}")

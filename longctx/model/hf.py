@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError
+from longctx.model.block_transformer import build_native
 from longctx.model.decoder import CausalLM
 from longctx.model.families import read_hf_config, to_hf_name
 from longctx.model.hf_save import save_hf
@@ -26,7 +27,7 @@ _SHOWN = 5
 def empty_model(config: Model) -> CausalLM:
     """A model without memory (meta device), to be filled by ``load_state_dict(..., assign=True)``."""
     with init_empty_weights():
-        model = CausalLM(config, seed=None)
+        model = build_native(config, seed=None)
     model.tie_weights()
     return model
 

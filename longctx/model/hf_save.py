@@ -49,6 +49,8 @@ def save_hf(
         CheckpointError: a parameter is missing or of another shape.
         DataError: the folder exists or cannot be written, or the tokenizer cannot be read or converted.
     """
+    if config.block is not None:
+        raise ConfigError(f"a Block Transformer (model.block) has no place in a {config.family} folder")
     if others := sorted(set(config.mixers) - {"softmax"}):
         raise ConfigError(f"the mixer {others[0]!r} has no place in a {config.family} folder; only softmax exports")
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model

@@ -6,8 +6,11 @@ from learned ones. After a layer its memory rows write ``k = W_k m, v = W_v m`` 
     A += sum b phi(k) (v - A phi(k) / (z phi(k)))     z += sum c phi(k),    c = clip(1 - z phi(k) / |phi(k)|^2, 0, 1)
 
 so that a key written again replaces its value. Before the same layer of the next segment every row reads
-``h += A phi(q) / (z phi(q))`` with ``q = W_q h``. phi is DPFP-3 (Schlag et al., arXiv 2102.11174). Each segment is cut
-over all ranks; the message per segment and layer is m x D numbers, from the rank that holds the memory tokens to all.
+``h += A phi(q) / (z phi(q))`` with ``q = W_q h``. phi is DPFP-3 (Schlag et al., arXiv 2102.11174).
+
+Each segment is cut over all ranks; the message per segment and layer is m x D numbers, from the rank that holds the
+memory tokens to all. With ``recurrence.wavefront`` a rank runs whole segments instead, and each layer hands F x (D + 1)
+numbers to the rank of the next segment (:mod:`longctx.sequence.collectives.relay`).
 
 Shapes: B batch, T local tokens, m memory tokens, D model, E key size, F = 6 E features.
 """
@@ -17,16 +20,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longctx.config.schema import Recurrence
+from longctx.config.schema import Model, Recurrence
 from longctx.errors import ConfigError
 from longctx.mixers.layers import Learned, Linear
 from longctx.model.decoder import CausalLM
 from longctx.recurrence.base import SegmentedDecoder
-from longctx.recurrence.segments import Segment, segments_of
+from longctx.recurrence.carriers import Carried, Wavefront
+from longctx.recurrence.segments import Segment, own_segments_of, segments_of
 from longctx.sequence.collectives.summaries import share, tie
 from longctx.sequence.context import SequenceContext
 
 _EPS = 1e-5
+_KEYS = 64
 
 
 class Associations(NamedTuple):
@@ -115,47 +120,77 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
             )
         super().__init__(decoder, recurrence)
         width = decoder.config.hidden_size
-        self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or 64) for _ in decoder.layers)
+        self.layers = nn.ModuleList(AssociativeMemory(width, recurrence.keys or _KEYS) for _ in decoder.layers)
 
     def empty_state(self, batch: int) -> AssociativeState:
         """Nothing remembered, no token seen."""
         like = self.decoder.embed.weight.new_empty(batch, 0, self.decoder.config.hidden_size)
         return AssociativeState(tuple(_memory(layer).empty(like) for layer in self.layers), None)
 
+    @staticmethod
+    def rows_beside(recurrence: Recurrence) -> int:
+        """Memory tokens behind."""
+        return recurrence.memory
+
+    @staticmethod
+    def carried_size(config: Model) -> int:
+        """Values and a norm per feature and layer."""
+        features = 6 * ((config.recurrence.keys if config.recurrence else None) or _KEYS)
+        return config.num_layers * features * (config.hidden_size + 1)
+
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        segments = segments_of(context, self.recurrence.segment, 0, self.recurrence.memory)
-        carried: list[Associations | None] = [None] * len(self.layers)
-        first_BMD, outputs = self._first(len(x_BTD)), []
-        for number, segment in enumerate(segments):
-            if self._cuts(number):
-                carried = [None if m is None else Associations(*(t.detach() for t in m)) for m in carried]
+        length, tokens = self.recurrence.segment, self.recurrence.memory
+        if self.recurrence.wavefront:
+            segments = own_segments_of(context, length, tokens)
+            x_BTD = tie(x_BTD, *self.parameters())  # some ranks need some weights for no segment, ZeRO wants all
+        else:
+            segments = segments_of(context, length, 0, tokens)
+        carrier = self._carrier(x_BTD, context)
+        first_BMD, outputs = self._first(len(x_BTD)), [x_BTD[:, :0]]
+        for segment in segments:
             h_BTD = torch.cat((x_BTD[:, segment.rows], first_BMD[:, : segment.behind]), dim=1)
-            last, offered = number + 1 == len(segments), None
-            for index, layer in enumerate(self.decoder.layers):
-                if (memory := carried[index]) is not None:
-                    h_BTD = h_BTD + self._read(index, h_BTD, memory) * _remembering(segment, h_BTD)
-                h_BTD, _, offered = layer(h_BTD, segment.context, None, offered)
-                carried[index] = None
-                if self.recurrence.memory and not last:
-                    h_BTD, carried[index] = self._write(index, h_BTD, segment, memory, first_BMD, context)
-            end = h_BTD.shape[1] - segment.behind
-            outputs.append(self.decoder.norm(h_BTD[:, :end]))
-        return torch.cat(outputs, dim=1)
+            h_BTD = self._segment(h_BTD, segment, first_BMD, carrier, segment.stop == context.length)
+            outputs.append(h_BTD[:, : h_BTD.shape[1] - segment.behind])
+        normed_BTD: Tensor = self.decoder.norm(torch.cat(outputs, dim=1))
+        return normed_BTD
+
+    def _carrier(self, x_BTD: Tensor, context: SequenceContext) -> Carried | Wavefront:
+        if not self.recurrence.wavefront:
+            return Carried(len(self.layers), self._cuts)
+        bounds = -(-context.length // self.recurrence.segment)
+        return Wavefront(context, len(self.layers), bounds, self._cuts, _memory(self.layers[0]).empty(x_BTD))
+
+    def _segment(
+        self, h_BTD: Tensor, segment: Segment, first_BMD: Tensor, carrier: Carried | Wavefront, last: bool
+    ) -> Tensor:
+        """All layers, each with the associations of the segment before."""
+        remembers = bool(self.recurrence.memory)
+        h_BTD, offered = carrier.enter(segment.number, h_BTD) if remembers else h_BTD, None
+        for index, layer in enumerate(self.decoder.layers):
+            memory = None
+            if remembers and segment.number:
+                h_BTD, taken = carrier.take(index, h_BTD)
+                memory = Associations(*taken)
+                h_BTD = h_BTD + self._read(index, h_BTD, memory) * _remembering(segment, h_BTD)
+            h_BTD, _, offered = layer(h_BTD, segment.context, None, offered)
+            if remembers and not last:
+                h_BTD, memory = self._write(index, h_BTD, segment, memory, first_BMD)
+                h_BTD = carrier.give(index, h_BTD, memory)
+        return carrier.leave(h_BTD) if remembers else h_BTD
 
     def _read(self, index: int, h_BTD: Tensor, memory: Associations) -> Tensor:
         return _memory(self.layers[index]).read(h_BTD, memory)
 
     def _write(
-        self, index: int, h_BTD: Tensor, segment: Segment, memory: Associations | None, first_BMD: Tensor,
-        context: SequenceContext,
-    ) -> tuple[Tensor, Associations]:  # fmt: skip
+        self, index: int, h_BTD: Tensor, segment: Segment, memory: Associations | None, first_BMD: Tensor
+    ) -> tuple[Tensor, Associations]:
         """What layer ``index`` remembers after the segment, on every rank, and its rows tied to it."""
         own = _memory(self.layers[index])
         written = h_BTD[:, h_BTD.shape[1] - segment.behind :] if segment.behind else first_BMD
-        rows_BMD = share(written, segment.owner, context)
+        rows_BMD = share(written, segment.owner, segment.context)
         memory = own.empty(h_BTD) if memory is None else _forgotten(memory, segment)
         memory = own.write(rows_BMD, memory)
-        return tie(tie(h_BTD, memory.values_BFD), memory.keys_BF), memory
+        return tie(h_BTD, *memory), memory
 
     def _decode(
         self, x_BTD: Tensor, context: SequenceContext, state: AssociativeState

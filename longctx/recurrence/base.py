@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longctx.config.schema import Recurrence
+from longctx.config.schema import Model, Recurrence
+from longctx.mixers.base import StateSize
 from longctx.mixers.layers import Learned
 from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM, Output
@@ -68,6 +69,24 @@ class SegmentedDecoder(nn.Module, ABC):
     def state_survives(self, past: int, length: int) -> bool:
         """What counts is how far positions reach inside a segment."""
         return self.decoder.state_survives(1, self.recurrence.segment + 2 * self.recurrence.memory)
+
+    @classmethod
+    def state_size(cls, config: Model, inner: StateSize) -> StateSize:
+        """Size of the decode state at the end of a segment, whatever the length, if ``inner`` is the decoder's."""
+        recurrence = config.recurrence
+        assert recurrence is not None
+        tokens = recurrence.segment + cls.rows_beside(recurrence)
+        return StateSize(0, inner.per_sequence + tokens * inner.per_token + cls.carried_size(config))
+
+    @staticmethod
+    @abstractmethod
+    def rows_beside(recurrence: Recurrence) -> int:
+        """Rows that a segment has beside its tokens."""
+
+    @staticmethod
+    @abstractmethod
+    def carried_size(config: Model) -> int:
+        """Numbers that are handed from one segment to the next."""
 
     @abstractmethod
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:

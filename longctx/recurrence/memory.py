@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.config.schema import Model, Recurrence
 from longctx.model.attached import AttachedCausalLM
 from longctx.recurrence.base import SegmentedDecoder
 from longctx.recurrence.segments import segments_of
@@ -38,6 +39,16 @@ class RecurrentMemory(SegmentedDecoder):
         if isinstance(self.decoder, AttachedCausalLM):
             return ()
         return MemoryState(self._first(batch), None)
+
+    @staticmethod
+    def rows_beside(recurrence: Recurrence) -> int:
+        """Memory tokens before and behind."""
+        return 2 * recurrence.memory
+
+    @staticmethod
+    def carried_size(config: Model) -> int:
+        """See :class:`SegmentedDecoder`."""
+        return config.hidden_size * config.recurrence.memory if config.recurrence else 0
 
     def _train(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         size = self.recurrence.memory

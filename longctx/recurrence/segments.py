@@ -21,12 +21,14 @@ class Segment:
     ``behind`` ones. A document that starts in a segment knows nothing of the memory before it.
 
     Args:
+        number: its place among the segments of the sequence.
         rows: this rank's tokens of the segment among its local ones.
         owner: rank that holds the memory tokens behind.
         fresh_read: of each row, whether a document starts with the segment, so that nothing is to be read.
         fresh_write: of each row, whether a document starts in it, so that what it writes builds on nothing before.
     """
 
+    number: int
     start: int
     stop: int
     rows: slice
@@ -53,9 +55,21 @@ def segmented(maker: LayoutMaker, segment: int) -> LayoutMaker:
     return cut
 
 
+def whole_segments(segment: int) -> LayoutMaker:
+    """The layout that deals whole segments of ``segment`` tokens to the ranks in turn."""
+
+    def cut(length: int, degree: int, documents: Documents = ()) -> Layout:
+        runs = [Run(start, min(start + segment, length)) for start in range(0, length, segment)]
+        return Layout(length, tuple(tuple(runs[rank::degree]) for rank in range(degree)))
+
+    return cut
+
+
 def layout_maker(name: str, recurrence: Recurrence | None) -> LayoutMaker:
-    """The layout called ``name``, segment by segment where there is a recurrence."""
-    return LAYOUTS[name] if recurrence is None else segmented(LAYOUTS[name], recurrence.segment)
+    """The layout called ``name``, segment by segment where there is a recurrence; a wavefront has its own."""
+    if recurrence is None:
+        return LAYOUTS[name]
+    return whole_segments(recurrence.segment) if recurrence.wavefront else segmented(LAYOUTS[name], recurrence.segment)
 
 
 def with_resets(documents: Documents, tokens: int, length: int) -> Documents:
@@ -87,15 +101,38 @@ def _find(context: SequenceContext, segment: int, memory: tuple[int, int]) -> tu
     for number, (start, stop) in enumerate(pairwise(bounds)):
         parts = [own[number] for own in pieces]
         size = sum(run.size for run in parts[context.rank])
-        found.append(_segment(context, start, stop, parts, slice(first, first + size), memory))
+        found.append(_segment(context, (number, start, stop), parts, slice(first, first + size), memory))
         first += size
     return tuple(found)
 
 
+def own_segments_of(context: SequenceContext, segment: int, behind: int) -> tuple[Segment, ...]:
+    """This rank's segments of a context whose layout was made by :func:`whole_segments`, each on one rank alone.
+
+    Args:
+        behind: memory tokens of each segment.
+    """
+
+    def find() -> tuple[Segment, ...]:
+        found, first = [], 0
+        for run in context.layout.runs[context.rank]:
+            inside = tuple(_inside(starts, run.start, run.stop) for starts in context.documents)
+            alone = SequenceContext.single(context.batch, run.size + behind, inside)
+            rows, fresh = slice(first, first + run.size), _fresh(context, run.start, inside)
+            place = (run.start // segment, run.start, run.stop)
+            found.append(Segment(*place, rows, alone, 0, behind, 0, *fresh))
+            first += run.size
+        return tuple(found)
+
+    segments: tuple[Segment, ...] = context.once(("own segments", context.rank, segment, behind), find)
+    return segments
+
+
 def _segment(
-    context: SequenceContext, start: int, stop: int, parts: Sequence[Sequence[Run]], rows: slice,
+    context: SequenceContext, place: tuple[int, int, int], parts: Sequence[Sequence[Run]], rows: slice,
     memory: tuple[int, int],
 ) -> Segment:  # fmt: skip
+    _, start, stop = place
     reader = min((runs[0].start, rank) for rank, runs in enumerate(parts) if runs)[1]
     writer = max((runs[-1].stop, rank) for rank, runs in enumerate(parts) if runs)[1]
     (before, behind), runs = memory, []
@@ -109,10 +146,16 @@ def _segment(
     inner = SequenceContext(
         context.group, Layout(last + behind, tuple(runs)), documents, scheme=context.scheme, ledger=context.ledger
     )
-    fresh = tuple(start in starts for starts in context.documents)
-    later = tuple(new or len(own) > 1 for new, own in zip(fresh, inside, strict=True))
     own_before, own_behind = before * (context.rank == reader), behind * (context.rank == writer)
-    return Segment(start, stop, rows, inner, own_before, own_behind, writer, fresh, later)
+    return Segment(*place, rows, inner, own_before, own_behind, writer, *_fresh(context, start, inside))
+
+
+def _fresh(
+    context: SequenceContext, start: int, inside: Sequence[Sequence[int]]
+) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """``fresh_read`` and ``fresh_write`` of the segment from ``start`` with the documents ``inside``."""
+    fresh = tuple(start in starts for starts in context.documents)
+    return fresh, tuple(new or len(own) > 1 for new, own in zip(fresh, inside, strict=True))
 
 
 def _pieces(runs: Sequence[Run], start: int, stop: int) -> list[Run]:

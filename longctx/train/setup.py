@@ -14,6 +14,7 @@ from longctx.data.rows import Rows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import CheckpointError, ConfigError, DataError
 from longctx.model.attached import AttachedCausalLM, build_attached, check_training, open_attached
+from longctx.model.block_transformer import build_native
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
@@ -118,14 +119,14 @@ def build_model(config: Config, model_config: Model, checkpoint: Path | None) ->
 def _native(config: Config, model_config: Model, checkpoint: Path | None) -> CausalLM:
     recompute = config.train.recompute
     if checkpoint is not None:
-        model = CausalLM(model_config, recompute=recompute, seed=None)
+        model = build_native(model_config, recompute=recompute, seed=None)
     elif config.model.from_hf is not None:
         loaded, _ = load_hf(config.model.from_hf, torch.float32)
         model = CausalLM(model_config, recompute=recompute, seed=None)
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
     else:
-        model = CausalLM(model_config, recompute=recompute, seed=config.train.seed)
+        model = build_native(model_config, recompute=recompute, seed=config.train.seed)
     layout = config.sequence.layout
     for index, layer in enumerate(model.layers):
         accepted = cast(DecoderLayer, layer).mixer.layouts

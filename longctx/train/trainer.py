@@ -207,8 +207,9 @@ class Trainer:
     def _mfu(self, tokens_per_second: float) -> float | None:
         name = torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else None
         peak = peak_flops(name, self.config.train.precision)
-        # What an architecture that transformers computes multiplies per token is not known (experts, for one).
-        if peak is None or self.model.hf_config is not None:
+        # What an architecture that transformers computes multiplies per token is not known (experts, for one), and of
+        # a Block Transformer it is not counted: most of its weights multiply once per block.
+        if peak is None or self.model.hf_config is not None or self.model.block is not None:
             return None
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         needed = flops_per_token(self.model, parameters, self.config.sequence.length)

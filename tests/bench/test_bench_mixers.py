@@ -45,7 +45,8 @@ def test_ranks_are_measured_against_one_process(tmp_path: Path, capsys: pytest.C
     arguments = ["--ranks", "2", "--length", "128", "--rounds", "2", "--mixers", "conv,ttt", "--json", str(file)]
     assert main(["bench", "mixers", *arguments]) == 0
     rows = json.loads(file.read_text())
-    assert [row["mixer"] for row in rows] == ["conv", "ttt"]
+    assert [row["mixer"] for row in rows] == ["conv", "ttt/1", "ttt/8"]
+    assert [row["bubble"] for row in rows] == [None, 0.5, pytest.approx(8 / 9)]
     assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in rows)
     assert "efficiency of 2 ranks against one process of 2 threads, 128 tokens" in capsys.readouterr().out
 

@@ -380,6 +380,7 @@ def test_summary(tmp_path: Path) -> None:
         *((f"mixers/{mixer}", 2) for mixer in MIXER_NAMES if mixer != "softmax"),
         ("recurrence/rmt", 2),
         ("recurrence/armt", 2),
+        ("block_transformer", 2),
     ],
 )
 def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:
@@ -408,6 +409,16 @@ def test_a_recurrence_is_not_recomputed_under_deepspeed(tmp_path: Path) -> None:
     assert problems(tmp_path / "b", recurrence, "engine={kind: deepspeed}") == []
     assert problems(tmp_path / "c", recurrence, recompute, "engine={kind: torch}") == []
     assert problems(tmp_path / "d", recompute, "engine={kind: deepspeed}") == []
+
+
+def test_layers_over_blocks_start_from_no_hf_folder(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, f"model.from_hf={hf_folder(tmp_path / 'hf')}", "model.block={size: 4}")
+    assert found.startswith("model.block: has no effect: it comes from model.from_hf")
+
+
+def test_a_striped_layout_tears_blocks(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, "model.block={size: 4}", "sequence.layout=striped")
+    assert found.startswith("sequence.layout: striped tears every block of model.block apart; use contiguous, zigzag")
 
 
 @pytest.mark.parametrize(
@@ -449,3 +460,21 @@ def test_a_pattern_agrees_with_the_number_of_layers() -> None:
         Model.model_validate({"layers": ["conv", "softmax"], "num_layers": 3})
     with pytest.raises(ValueError, match="mixer_options are given for ttt, which no layer uses"):
         Model.model_validate({"layers": ["conv", "softmax"], "mixer_options": {"ttt": {"chunk": 4}}})
+
+
+def test_a_wavefront_is_refused_where_it_would_hang_or_idle(tmp_path: Path) -> None:
+    """Strategy: each reason alone, and once without any."""
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+    wave = "model.recurrence={kind: armt, segment: 8, wavefront: true}"
+    (problem,) = problems(tmp_path / "a", wave, "engine.zero=3")
+    assert problem.startswith("model.recurrence.wavefront: ranks are in different layers at a time")
+    assert problems(tmp_path / "b", wave, "engine.zero=2") == []
+    (problem,) = problems(tmp_path / "c", wave, "sequence.scheme=ulysses")
+    assert problem.startswith("sequence.scheme: has no effect beside model.recurrence.wavefront")
+    long = wave.replace("8", "50")
+    (problem,) = problems(tmp_path / "d", long, "sequence.degree=3")
+    assert "2 segments of 50 tokens leave some of the 3 ranks without one" in problem
+    assert problems(tmp_path / "e", long, "sequence.degree=2") == []
+    with pytest.raises(ConfigError, match=r"wavefront needs a memory of every layer.*use kind armt"):
+        problems(tmp_path / "f", wave.replace("armt", "rmt"))

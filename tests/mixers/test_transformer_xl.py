@@ -22,7 +22,6 @@ from longctx.mixers.ops.relative import relative_shift, segments_of
 from longctx.mixers.transformer_xl import TransformerXLMixer
 from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import Group
-from longctx.sequence.collectives.halo import halo_before
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import contiguous, striped
@@ -242,8 +241,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         mixer(x[:, 9:], SequenceContext.single(2, 9).extend(14))
     with pytest.raises(UnsupportedError, match="other than striped"):
         segments_of(SequenceContext(Group(0, (0, 1)), striped(S, 2), ((0,),)), 4, 6)
-    with pytest.raises(ValueError, match="grid of 4 takes no past"):
-        halo_before(x, SequenceContext.single(2, S), 2, x[:, :2], grid=4)
 
 
 def test_its_config_only_lacks_its_data() -> None:

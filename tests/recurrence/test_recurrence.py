@@ -4,7 +4,7 @@ Legend: B batch, S global tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from longctx.recurrence.armt import Associations, AssociativeMemory, dpfp
 from longctx.recurrence.segments import layout_maker, segments_of, with_resets
 from longctx.runtime.mesh import Group, alone, build_mesh
 from longctx.sequence.collectives.ledger import Ledger
+from longctx.sequence.collectives.relay import idle_share, planned_relay
 from longctx.sequence.collectives.summaries import planned_share
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Documents
@@ -45,6 +46,7 @@ class Case:
     recompute: bool = False
     attached: bool = False
     mixer: str = "softmax"
+    wavefront: bool = False
 
     @property
     def config(self) -> Model:
@@ -53,6 +55,7 @@ class Case:
             "segment": self.segment,
             "memory": self.memory,
             "bptt": self.bptt,
+            "wavefront": self.wavefront,
         }
         if self.kind == "armt":
             recurrence["keys"] = 4
@@ -114,7 +117,8 @@ def hidden(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize(
     "changes",
     [{"kind": "rmt"}, {"kind": "armt"}, {"kind": "rmt", "attached": True}, {"kind": "rmt", "mixer": "gated_retention"},
-     {"kind": "armt", "recompute": True}, {"kind": "rmt", "recompute": True, "bptt": 1}],
+     {"kind": "armt", "recompute": True}, {"kind": "rmt", "recompute": True, "bptt": 1},
+     {"kind": "armt", "wavefront": True}, {"kind": "armt", "wavefront": True, "recompute": True, "bptt": 1}],
     ids=str,
 )  # fmt: skip
 def test_sharding_is_invisible(changes: dict[str, Any], pool: Pool, seed: int) -> None:
@@ -153,10 +157,10 @@ def test_memory_reaches_later_segments(kind: str, seed: int) -> None:
     assert torch.equal(before[0, 7:], after[0, 7:])
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["rmt", "armt", "armt-wavefront"])
 def test_documents_are_isolated(kind: str, pool: Pool, seed: int) -> None:
     """Boundaries inside a segment, at its start, and a document over several segments."""
-    case = Case(kind, documents=((0, 4, 14), (0, 6, 7)), seed=seed)
+    case = Case(kind.removesuffix("-wavefront"), documents=((0, 4, 14), (0, 6, 7)), wavefront="-" in kind, seed=seed)
     tokens = case.tokens()
     changed = tokens.clone()
     changed[0, 4:14] = changed[0, 4:14].flip(0)
@@ -214,6 +218,35 @@ def test_the_only_further_traffic_is_the_memory(pool: Pool, seed: int) -> None:
             back = other + back
         assert [t for t in transfers if t.kind == "share"] == there
         assert [t for t in transfers if t.kind == "share-return"] == back
+
+
+@pytest.mark.parametrize("bptt", [None, 0, 1])
+def test_a_wavefront_moves_the_associations_alone(bptt: int | None, pool: Pool, seed: int) -> None:
+    """29 tokens are 5 segments: rank 0 has the first and the fourth, rank 2 only the third."""
+    case = Case("armt", wavefront=True, bptt=bptt, seed=seed)
+    cuts = [bptt is not None and number % (bptt + 1) == 0 for number in range(6)]
+    for rank, (_, _, _, transfers) in enumerate(pool.run(solve, 3, case)):
+        turns = []
+        for number in range(rank, 5, 3):
+            left, right = (number - 1) % 3 if number else None, (number + 1) % 3 if number < 4 else None
+            turns.append((left, right, not cuts[number], not cuts[number + 1]))
+        size = 2 * 24 * (24 + 1) * 8  # rows x features x (values and a norm) x bytes
+        assert transfers == planned_relay(case.context(Group(rank, (0, 1, 2))), turns, 2, size)
+        assert bool(transfers)
+
+
+def test_a_wavefront_gives_what_segments_cut_over_ranks_give(pool: Pool, seed: int) -> None:
+    case = Case("armt", seed=seed)
+    wanted, found = (pool.run(solve, 3, c)[0] for c in (case, replace(case, wavefront=True)))
+    torch.testing.assert_close(found[:3], wanted[:3], rtol=1e-10, atol=1e-10)
+
+
+def test_idle_share_of_a_wavefront() -> None:
+    for segments, layers, ranks in ((8, 12, 4), (4, 4, 4), (32, 7, 2)):
+        rounds = segments // ranks
+        assert idle_share(segments, layers, ranks) == pytest.approx((ranks - 1) / (rounds * layers + ranks - 1))
+    assert idle_share(5, 3, 1) == 0
+    assert idle_share(8, 1, 4) == pytest.approx(0.75)  # one layer: one rank at a time
 
 
 def test_resets_cut_documents(seed: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from longctx.mixers.ops.relative import Segments, segments_of
 from longctx.mixers.ops.shapes import by_head
-from longctx.sequence.collectives.handoff import Operands, handoff, planned_handoff
+from longctx.sequence.collectives.handoff import Operands, default_pieces, handoff, planned_handoff
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.tables import Tables
@@ -160,7 +160,7 @@ def states_of_blocks(
         new: see :func:`initial_states`.
         weights: in the dtype of the states.
     """
-    batch, device, dtype = len(kv_BNL2HE), kv_BNL2HE.device, start.s_BSD.dtype
+    device, dtype = kv_BNL2HE.device, start.s_BSD.dtype
     flags = (
         blocks.tables.on(device, name, lambda t=table: t).to(dtype)  # type: ignore[misc]
         for name, table in (("used", blocks.used_BNL), ("fresh", blocks.fresh_BN))
@@ -173,13 +173,13 @@ def states_of_blocks(
 
     return handoff(
         step, operands, start.s_BSD, blocks.runs, context, shape=start.kv_B2SHE.shape[1:],
-        pieces=min(batch, context.degree), final=final,
+        pieces=default_pieces(context), final=final,
     )  # fmt: skip
 
 
 def planned_states(context: SequenceContext, states: int, size: int, itemsize: int) -> list[Transfer]:
     """What :func:`states_of_blocks` posts on this rank, forward and then backward; numbers of ``itemsize`` bytes."""
-    return planned_handoff(context, context.batch, context.degree, states * size * itemsize)
+    return planned_handoff(context, context.batch, default_pieces(context), states * size * itemsize)
 
 
 def _through(

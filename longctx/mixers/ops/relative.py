@@ -17,13 +17,17 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from longctx.errors import UnsupportedError
-from longctx.sequence.collectives.halo import halo_before, planned_halo
+from longctx.sequence.collectives.halo import halo_before, planned_halo, planned_rows, rows_at
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
+
+Ints = npt.NDArray[np.int64]
 
 
 class SegmentRun(NamedTuple):
@@ -159,7 +163,9 @@ def planned_segment_rows(
         there, back = _planned(context, memory + missing, row_bytes)
         return there + back
     there, back = _planned(context, missing, row_bytes)
-    return there + _planned(context, memory, row_bytes, size)[0] + back
+    if memory:
+        there = there + planned_rows(context, *_wish(context, size, memory), row_bytes)[0]
+    return there + back
 
 
 def relative_attention(
@@ -223,7 +229,7 @@ def _halos(
         return rows, None, last
     if stop_gradient:
         rows = _before(x_BTD, context, missing)
-        return rows, _before(x_BTD.detach(), context, memory, segments.size), None
+        return rows, _memories(x_BTD.detach(), context, segments), None
     return _before(x_BTD, context, memory + missing), None, None
 
 
@@ -232,17 +238,32 @@ def _missing(context: SequenceContext, size: int) -> int:
     return max((run.start % size for runs in context.layout.runs for run in runs), default=0)
 
 
-def _before(x_BT: Tensor, context: SequenceContext, width: int, grid: int = 1) -> Tensor:
+def _before(x_BT: Tensor, context: SequenceContext, width: int) -> Tensor:
     """A halo [B, R, W, ...], also of no row, which sends nothing."""
     if width:
-        return halo_before(x_BT, context, width, grid=grid)[0]
+        return halo_before(x_BT, context, width)[0]
     return x_BT.new_zeros(len(x_BT), len(context.layout.runs[context.rank]), 0, *x_BT.shape[2:])
 
 
-def _planned(
-    context: SequenceContext, width: int, row_bytes: int, grid: int = 1
-) -> tuple[list[Transfer], list[Transfer]]:
-    return planned_halo(context, "before", width, row_bytes, grid=grid) if width else ([], [])
+def _memories(x_BT: Tensor, context: SequenceContext, segments: Segments) -> Tensor:
+    """The rows before the segments that runs start in, [B, R, M, ...]."""
+    if not segments.memory:
+        return _before(x_BT, context, 0)
+    name, wanted = _wish(context, segments.size, segments.memory)
+    rows = rows_at(x_BT, context, name, wanted)
+    return rows.view(len(x_BT), len(segments.runs), segments.memory, *x_BT.shape[2:])
+
+
+def _wish(context: SequenceContext, size: int, memory: int) -> tuple[str, list[Ints]]:
+    """The rows of :func:`_memories` of every rank, run by run; those before the first token are zero."""
+    spans = np.arange(-memory, 0)
+    starts = [[run.start // size * size for run in runs] for runs in context.layout.runs]
+    wanted = [(np.array(own, dtype=np.int64)[:, None] + spans).reshape(-1) for own in starts]
+    return f"memory of {memory} before segments of {size}", wanted
+
+
+def _planned(context: SequenceContext, width: int, row_bytes: int) -> tuple[list[Transfer], list[Transfer]]:
+    return planned_halo(context, "before", width, row_bytes) if width else ([], [])
 
 
 def _cut(rows_B: Tensor, front: int, count: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""halo: a few rows before or after each of this rank's runs, from whichever ranks hold them.
+"""halo: a few rows before or after each of this rank's runs, or any others, from whichever ranks hold them.
 
 A halo longer than a run spans several ranks; every row comes straight from its owner, in one message per pair of ranks.
 The gradients of the rows return to their owners the same way.
@@ -30,22 +30,14 @@ Ints = npt.NDArray[np.int64]
 
 
 def halo_before(
-    x_BT: Tensor, context: SequenceContext, width: int, past_BW: Tensor | None = None, grid: int = 1
+    x_BT: Tensor, context: SequenceContext, width: int, past_BW: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The ``width`` rows before each run, [B, R, W, ...], and the last ``width`` rows of all, [B, W, ...].
 
     Rows before the first token of the context come from ``past_BW``, or are 0. The last rows, the ``past_BW`` of the
     tokens to come, are found only where ``past_BW`` is given.
-
-    Args:
-        grid: the rows are those before the last multiple of ``grid`` that does not lie behind the run's first token.
-
-    Raises:
-        ValueError: a past on a grid, or one that does not hold ``width`` rows.
     """
-    if grid > 1 and past_BW is not None:
-        raise ValueError(f"a halo on a grid of {grid} takes no past; ask for the rows right before the runs")
-    plan = _plan(context, "before", width, past_BW is not None, grid)
+    plan = _plan(context, "before", width, past_BW is not None)
     rows = _fetch(plan, x_BT, past_BW, context)
     return (rows, None) if past_BW is None else (rows[:, :-1], rows[:, -1])
 
@@ -56,11 +48,29 @@ def halo_after(x_BT: Tensor, context: SequenceContext, width: int) -> Tensor:
 
 
 def planned_halo(
-    context: SequenceContext, side: str, width: int, row_bytes: int, with_last: bool = False, grid: int = 1
+    context: SequenceContext, side: str, width: int, row_bytes: int, with_last: bool = False
 ) -> tuple[list[Transfer], list[Transfer]]:
     """What a halo posts on this rank, forward and backward; ``side``: before or after; ``row_bytes``: of one token."""
-    plan = _plan(context, side, width, with_last, grid)
+    plan = _plan(context, side, width, with_last)
     size = context.batch * row_bytes
+    return _transfers(plan, context.group, "halo", size), _transfers(plan, context.group, "halo-return", size, True)
+
+
+def rows_at(x_BT: Tensor, context: SequenceContext, name: str, wanted: Sequence[Ints]) -> Tensor:
+    """The rows with the global indices ``wanted[rank]``, [B, W, ...], in that order.
+
+    Args:
+        name: what the wish is called; a context is asked for one wish of a name only, and plans it once.
+        wanted: what every rank asks for, the same on all.
+    """
+    return _fetch(_plan_of(context, name, wanted), x_BT, None, context)[:, 0]
+
+
+def planned_rows(
+    context: SequenceContext, name: str, wanted: Sequence[Ints], row_bytes: int
+) -> tuple[list[Transfer], list[Transfer]]:
+    """What :func:`rows_at` posts on this rank, forward and backward; integers have no backward."""
+    plan, size = _plan_of(context, name, wanted), context.batch * row_bytes
     return _transfers(plan, context.group, "halo", size), _transfers(plan, context.group, "halo-return", size, True)
 
 
@@ -101,17 +111,27 @@ class _Plan:
         return self._tables.on(like.device, id(index), lambda: index)
 
 
-def _plan(context: SequenceContext, side: str, width: int, with_last: bool, grid: int = 1) -> _Plan:
-    key = ("halo", context.rank, side, width, with_last, grid)
-    plan: _Plan = context.once(key, partial(_find, context, side, width, with_last, grid))
+def _plan(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
+    key = ("halo", context.rank, side, width, with_last)
+    plan: _Plan = context.once(key, partial(_find, context, side, width, with_last))
     return plan
 
 
-def _find(context: SequenceContext, side: str, width: int, with_last: bool, grid: int) -> _Plan:
+def _plan_of(context: SequenceContext, name: str, wanted: Sequence[Ints]) -> _Plan:
+    key = ("rows", context.rank, name)
+    plan: _Plan = context.once(key, lambda: _of_wanted(context, wanted, len(wanted[context.rank]), 1))
+    return plan
+
+
+def _find(context: SequenceContext, side: str, width: int, with_last: bool) -> _Plan:
+    wanted = [_wanted(context.layout, r, side, width, with_last) for r in range(context.degree)]
+    return _of_wanted(context, wanted, width, len(wanted[context.rank]) // width)
+
+
+def _of_wanted(context: SequenceContext, wanted: Sequence[Ints], width: int, spans: int) -> _Plan:
     layout, rank = context.layout, context.rank
     if any(run.step != 1 for runs in layout.runs for run in runs):
         raise UnsupportedError("a halo is of runs of neighbouring tokens; use a layout other than striped")
-    wanted = [_wanted(layout, r, side, width, with_last, grid) for r in range(layout.degree)]
     owned = [_owners(layout, rows) for rows in wanted]
     owner, local = owned[rank]
     mine = np.flatnonzero(owner == rank)
@@ -120,14 +140,14 @@ def _find(context: SequenceContext, side: str, width: int, with_last: bool, grid
     receive = [(p, np.flatnonzero(owner == p)) for p in peers]
     send = [(p, owned[p][1][owned[p][0] == rank]) for p in peers]
     return _Plan(
-        width, len(wanted[rank]) // width, (mine, local[mine]), (before, wanted[rank][before] - context.past + width),
+        width, spans, (mine, local[mine]), (before, wanted[rank][before] - context.past + width),
         tuple((p, rows) for p, rows in receive if len(rows)), tuple((p, rows) for p, rows in send if len(rows)),
     )  # fmt: skip
 
 
-def _wanted(layout: Layout, rank: int, side: str, width: int, with_last: bool, grid: int) -> Ints:
+def _wanted(layout: Layout, rank: int, side: str, width: int, with_last: bool) -> Ints:
     """Global indices of all rows that a rank wants, one span of ``width`` after the other."""
-    edges = [run.start // grid * grid - width if side == "before" else run.stop for run in layout.runs[rank]]
+    edges = [run.start - width if side == "before" else run.stop for run in layout.runs[rank]]
     if with_last:
         edges.append(layout.length - width)
     return np.concatenate([np.empty(0, np.int64), *(np.arange(e, e + width) for e in edges)])

@@ -15,16 +15,15 @@ of a state.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.runtime.mesh import Group
-from longctx.sequence.collectives.ledger import Direction, Ledger, Transfer
+from longctx.sequence.collectives.ledger import Ledger, Transfer
+from longctx.sequence.collectives.mail import Mail
 from longctx.sequence.collectives.scan import run_order
 from longctx.sequence.collectives.summaries import gather_summaries
 from longctx.sequence.context import SequenceContext
@@ -99,6 +98,11 @@ def planned_handoff(context: SequenceContext, rows: int, pieces: int, row_bytes:
         back += [Transfer("handoff-return", "receive", ranks[turn.right], s) for s in sizes if turn.right is not None]
         back += [Transfer("handoff-return", "send", ranks[turn.left], s) for s in sizes if turn.left is not None]
     return there + back
+
+
+def default_pieces(context: SequenceContext) -> int:
+    """Four per rank: of P ranks with one run each, none waits longer than (P - 1) / (5 P - 1) of the time."""
+    return 4 * context.degree
 
 
 def idle_share(context: SequenceContext, pieces: int) -> float:
@@ -203,7 +207,7 @@ class _Handoff(torch.autograd.Function):
         ctx.job, ctx.calls = job, []
         ctx.save_for_backward(initial, *tensors)
         output, last = initial.new_empty(len(initial), *job.shape), torch.zeros_like(initial)
-        mail = _Mail(job.group, job.group.handle, "handoff", job.ledger)
+        mail = Mail(job.group, job.group.handle, "handoff", job.ledger)
         states = [initial[rows] for rows in job.cuts]
         for turn in job.turns:
             arriving = [mail.receive(turn.left, state) for state in states] if turn.left is not None else None
@@ -229,7 +233,7 @@ class _Handoff(torch.autograd.Function):
         job: _Job = ctx.job
         initial, *tensors = ctx.saved_tensors
         sums = _Sums(job, tensors)
-        mail = _Mail(job.group, job.group.returning, "handoff-return", job.ledger)
+        mail = Mail(job.group, job.group.returning, "handoff-return", job.ledger)
         dstates = [dlast[rows] for rows in job.cuts]
         for turn in reversed(job.turns):
             arriving = [mail.receive(turn.right, d) for d in dstates[::-1]][::-1] if turn.right is not None else None
@@ -274,41 +278,3 @@ class _Sums:
     def gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
         rows = zip(self._sums, self._dtypes, needed, strict=True)
         return [total.to(dtype) if need else None for total, dtype, need in rows]
-
-
-class _Arriving(NamedTuple):
-    work: dist.Work
-    tensor: Tensor
-
-    def land(self) -> Tensor:
-        self.work.wait()
-        return self.tensor
-
-
-class _Mail:
-    """The messages of one pass: each is posted at once, and waited for exactly once (gloo wants no more)."""
-
-    def __init__(self, group: Group, handle: dist.ProcessGroup | None, kind: str, ledger: Ledger | None) -> None:
-        self._group, self._handle, self._kind, self._ledger = group, handle, kind, ledger
-        self._sent: list[_Arriving] = []
-
-    def receive(self, peer: int, like: Tensor) -> _Arriving:
-        return self._post("receive", peer, torch.empty_like(like, memory_format=torch.contiguous_format))
-
-    def send(self, peer: int, state: Tensor) -> None:
-        self._sent.append(self._post("send", peer, state.contiguous()))
-
-    def close(self) -> None:
-        """Wait for what was sent."""
-        for sent in self._sent:
-            sent.land()
-
-    def _post(self, direction: Direction, peer: int, tensor: Tensor) -> _Arriving:
-        rank = self._group.ranks[peer]
-        if self._ledger is not None:
-            size = tensor.numel() * tensor.element_size()
-            self._ledger.transfers.append(Transfer(self._kind, direction, rank, size))
-        post = partial(dist.isend, dst=rank) if direction == "send" else partial(dist.irecv, src=rank)
-        work = post(tensor, group=self._handle)
-        assert work is not None
-        return _Arriving(work, tensor)

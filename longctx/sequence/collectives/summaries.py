@@ -52,9 +52,9 @@ def summed(own: Tensor, group: Group) -> Tensor:
     return gathered.sum(0)
 
 
-def tie(x: Tensor, token: Tensor) -> Tensor:
-    """``x``, whose backward also runs that of ``token``, with gradient 0."""
-    tied: Tensor = _Tie.apply(x, token)  # type: ignore[no-untyped-call]
+def tie(x: Tensor, *tokens: Tensor) -> Tensor:
+    """``x``, whose backward also runs that of every token, with gradient 0."""
+    tied: Tensor = _Tie.apply(x, *tokens)  # type: ignore[no-untyped-call]
     return tied
 
 
@@ -110,14 +110,14 @@ class _Share(torch.autograd.Function):
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor) -> Tensor:
-        ctx.zeros = partial(token.new_zeros, token.shape)
+    def forward(ctx: Any, x: Tensor, *tokens: Tensor) -> Tensor:
+        ctx.zeros = [partial(token.new_zeros, token.shape) for token in tokens]
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, ctx.zeros()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(zeros() for zeros in ctx.zeros)
 
 
 def _record(ledger: Ledger | None, group: Group, kind: str, part: Tensor) -> None:

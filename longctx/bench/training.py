@@ -1,0 +1,135 @@
+"""``longctx bench training``: every mechanism in one decoder, trained on one corpus for equally many tokens.
+
+One process. All variants have the sizes of the config, its data in its order, and its learning rate; none is tuned.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+
+from longctx.config.check import load_checked
+from longctx.config.mixers import MIXER_NAMES
+from longctx.config.schema import Model, Runtime
+from longctx.config.schema import Sequence as SequenceSection
+from longctx.mixers import MIXERS
+from longctx.mixers.base import StateSize
+from longctx.recurrence import KINDS
+from longctx.runtime.launcher import Launch
+from longctx.runtime.mesh import Mesh
+from longctx.runtime.process import joined_world
+from longctx.train.callbacks import Validation
+from longctx.train.setup import build_trainer
+from longctx.train.trainer import Callback, Record, Trainer
+
+STATE_TOKENS = (2**12, 2**20)
+"""Contexts at which decode states are compared: 4K and 1M tokens."""
+
+VARIANTS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        **{name: (f"model.mixer={name}",) for name in MIXER_NAMES},
+        "rmt": ("model.recurrence={kind: rmt, segment: 512, memory: 16}",),
+        "armt": ("model.recurrence={kind: armt, segment: 512, memory: 16}",),
+    }
+)
+"""What is trained: a name, and the settings that make it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One variant after training.
+
+    Args:
+        loss: mean nats per token of the held-out rows.
+        tokens_per_second: median over steps.
+        state_bytes: of the whole model's fp32 decode state of one sequence at each of :data:`STATE_TOKENS`.
+    """
+
+    name: str
+    parameters: int
+    tokens: int
+    loss: float
+    tokens_per_second: float
+    state_bytes: tuple[int, ...]
+
+
+@dataclass
+class _Watch(Callback):
+    advance: Callable[[str], None]
+    records: list[Record] = field(default_factory=list)
+
+    def on_record(self, trainer: Trainer, record: Record) -> None:
+        if record["kind"] in ("train", "valid"):
+            self.records.append(record)
+            self.advance(f"step {record['step']}")
+
+    def values(self, kind: str, key: str) -> list[float]:
+        return [record[key] for record in self.records if record["kind"] == kind]
+
+
+def train_all(
+    config: Path, overrides: Sequence[str], names: Sequence[str], launch: Launch,
+    done: Callable[[Trained], None], advance: Callable[[str], None] = lambda _: None,
+) -> list[Trained]:  # fmt: skip
+    """Train the named variants, one after the other.
+
+    Args:
+        config, overrides: as for ``longctx train``; its engine, run folder and layout over ranks are replaced.
+        done: told of each when it is done.
+
+    Raises:
+        ConfigError: a config has a fault.
+    """
+    found = []
+    with TemporaryDirectory() as folder:
+        runs = {name: _overrides(name, overrides, Path(folder) / name) for name in names}
+        for changed in runs.values():  # all faults before hours of training
+            load_checked(config, changed, 1)
+        with joined_world(Runtime(), SequenceSection(length=1, degree=1), launch) as mesh:
+            for name, changed in runs.items():
+                found.append(_train(name, config, changed, mesh, partial(_told, advance, name)))
+                done(found[-1])
+    return found
+
+
+def _told(advance: Callable[[str], None], name: str, text: str) -> None:
+    advance(f"{name} {text}")
+
+
+def _overrides(name: str, overrides: Sequence[str], run: Path) -> list[str]:
+    alone = ["engine={kind: torch}", "sequence.degree=1", "sequence.layout=contiguous", f"run={run}"]
+    return [*alone, "model.num_kv_heads=null", *VARIANTS[name], *overrides]
+
+
+def _train(name: str, path: Path, overrides: Sequence[str], mesh: Mesh, advance: Callable[[str], None]) -> Trained:
+    steps = load_checked(path, overrides, 1).train.steps
+    config = load_checked(path, [*overrides, f"train.eval_every={steps}"], 1)
+    trainer, watch = build_trainer(config, mesh), _Watch(advance)
+    trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Validation)] + [watch]
+    trainer.run()
+    numbers = sum(parameter.numel() for parameter in trainer.engine.module.parameters())
+    size = model_state_size(trainer.model)
+    state = tuple(4 * (size.per_sequence + tokens * size.per_token) for tokens in STATE_TOKENS)
+    speed = median(watch.values("train", "tokens_per_second"))
+    return Trained(name, numbers, trainer.progress.tokens, watch.values("valid", "loss")[-1], speed, state)
+
+
+def model_state_size(model: Model) -> StateSize:
+    """Numbers that all layers keep to decode, the most of any phase of a segment."""
+    sizes = [MIXERS[name].state_size(model, layer) for layer, name in enumerate(model.mixers)]
+    whole = StateSize(sum(size.per_token for size in sizes), sum(size.per_sequence for size in sizes))
+    return whole if model.recurrence is None else KINDS[model.recurrence.kind].state_size(model, whole)
+
+
+def table(found: Sequence[Trained]) -> list[str]:
+    """The results as lines of text, the lowest loss first."""
+    columns = ("mechanism", "held-out loss", "tokens/s", "parameters", "state KB at 4K tokens", "at 1M")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in sorted(found, key=lambda row: row.loss):
+        state = " | ".join(f"{size / 1e3:,.0f}" for size in row.state_bytes)
+        numbers = f"{row.loss:.3f} | {row.tokens_per_second:,.0f} | {row.parameters:,}"
+        lines.append(f"| {row.name} | {numbers} | {state} |")
+    return lines

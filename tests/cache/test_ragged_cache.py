@@ -1,0 +1,178 @@
+"""RaggedKV against a list of rows per lane: appends, forks, roll-backs, eviction, attention, storage.
+
+Legend: B batch, T new tokens, K kv heads, H query heads, E head dim, R = B x K lanes.
+"""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from longctx.attention.kernels.base import Scoring
+from longctx.cache.attend import attend
+from longctx.cache.codec import Codec
+from longctx.cache.ragged import RaggedKV
+from longctx.errors import ConfigError, UnsupportedError
+
+F64 = torch.empty(0, dtype=torch.float64)
+
+
+class Lanes:
+    """The oracle: each lane's keys, values and positions as plain lists."""
+
+    def __init__(self, lanes: int) -> None:
+        self.rows: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in range(lanes)]
+
+    def append(self, k: Tensor, v: Tensor, position: Tensor, counts: list[int]) -> "Lanes":
+        other, (batch, _, heads, _) = Lanes(len(self.rows)), k.shape
+        for b in range(batch):
+            for h in range(heads):
+                new = [(k[b, t, h], v[b, t, h], int(position[b, t])) for t in range(counts[b])]
+                other.rows[b * heads + h] = self.rows[b * heads + h] + new
+        return other
+
+    def kept(self, masks: list[Tensor]) -> "Lanes":
+        other = Lanes(len(self.rows))
+        for lane, mask in enumerate(masks):
+            other.rows[lane] = [row for row, stays in zip(self.rows[lane], mask.tolist(), strict=True) if stays]
+        return other
+
+    def truncated(self, before: int) -> "Lanes":
+        return self.kept([torch.tensor([p < before for _, _, p in lane], dtype=torch.bool) for lane in self.rows])
+
+
+def assert_same(cache: RaggedKV, oracle: Lanes) -> None:
+    assert cache.lengths_R.tolist() == [len(lane) for lane in oracle.rows]
+    for lane, rows in enumerate(oracle.rows):
+        k, v, position = cache.lane(lane)
+        assert position.tolist() == [p for _, _, p in rows]
+        for found, number in ((k, 0), (v, 1)):
+            assert not rows or torch.equal(found, torch.stack([row[number] for row in rows]))
+
+
+def drawn(generator: torch.Generator, batch: int, tokens: int, heads: int, size: int = 6) -> tuple[Tensor, Tensor]:
+    k, v = torch.randn(2, batch, tokens, heads, size, generator=generator, dtype=torch.float64)
+    return k, v
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_any_course_of_operations_gives_what_lists_give(block: int, seed: int) -> None:
+    """Forks that go apart, roll-backs, evictions and rows of different lengths; all caches stay as they were."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    batch, heads = 2, 3
+    live = [(RaggedKV.empty(batch, heads, 6, F64, block=block), Lanes(batch * heads), 0)]
+    for _ in range(40):
+        cache, oracle, end = draw.choice(live)
+        action = draw.choice(["append", "append", "append", "truncate", "evict"])
+        if action == "append":
+            counts = [draw.randrange(0, 8) for _ in range(batch)]
+            k, v = drawn(generator, batch, 7, heads)
+            position = torch.arange(end, end + 7).expand(batch, 7)
+            cache = cache.append(k, v, position, torch.tensor(counts))
+            oracle, end = oracle.append(k, v, position, counts), end + 7
+        elif action == "truncate":
+            before = draw.randrange(max(0, end - 9), end + 1)
+            cache, oracle, end = cache.truncated(before), oracle.truncated(before), before
+        else:
+            masks = [torch.rand(len(lane), generator=generator) < 0.7 for lane in oracle.rows]
+            cache, oracle = cache.kept(masks), oracle.kept(masks)
+            # Memory is really freed: no block more than the tokens need.
+            assert cache.pool.capacity == cache.blocks == sum(-(-len(lane) // block) for lane in oracle.rows)
+        live = [*live[-5:], (cache, oracle, end)]
+        for old, known, _ in live:
+            assert_same(old, known)
+
+
+def test_appending_shares_blocks_and_copies_only_where_forks_differ(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = drawn(generator, 1, 5, 2)
+    position = torch.arange(5)[None]
+    first = RaggedKV.empty(1, 2, 6, F64, block=4).append(k, v, position)
+    second = first.append(k, v, position + 5)
+    assert second.pool is first.pool
+    fork = first.append(v, k, position + 5)
+    assert fork.pool is not first.pool
+    del second
+    assert first.append(k, v, position + 5).pool is first.pool  # nobody else sees what is overwritten
+
+
+def naive(q: Tensor, oracle: Lanes, at: Tensor, scoring: Scoring, window: int | None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"))
+    group = q.shape[2] * len(q) // len(oracle.rows)
+    for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        lane = oracle.rows[b * (q.shape[2] // group) + h // group]
+        seen = [r for r in lane if r[2] <= at[b, t] and (window is None or r[2] > at[b, t] - window)]
+        if seen:
+            score = torch.stack([q[b, t, h] @ row[0] for row in seen]) * scoring.scale
+            score = score if scoring.softcap is None else scoring.softcap * (score / scoring.softcap).tanh()
+            lse[b, t, h] = score.logsumexp(0)
+            out[b, t, h] = score.softmax(0) @ torch.stack([row[1] for row in seen])
+    return out, lse
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_sees_what_lists_hold(window: int | None, softcap: float | None, seed: int) -> None:
+    """Lanes of different lengths, one of them empty, and queries at different positions of which some see nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    cache, oracle = RaggedKV.empty(2, 3, 6, F64, block=4), Lanes(6)
+    for start in range(0, 24, 8):
+        k, v = drawn(generator, 2, 8, 3)
+        position = torch.arange(start, start + 8).expand(2, 8)
+        cache, oracle = cache.append(k, v, position), oracle.append(k, v, position, [8, 8])
+    masks = [torch.rand(24, generator=generator) < share for share in (1, 0.5, 0.1, 0.9, 0, 0.6)]
+    cache, oracle = cache.kept(masks), oracle.kept(masks)
+    q = 3 * torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+    at = torch.tensor([[0, 7, 23, 30], [3, 11, 12, 25]])
+    scoring = Scoring(0.3, softcap)
+    found, wanted = attend(q, cache, at, scoring, window), naive(q, oracle, at, scoring, window)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert wanted[1].isneginf().any()
+
+
+def test_many_blocks_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = drawn(generator, 1, 50, 2)
+    cache = RaggedKV.empty(1, 2, 6, F64, block=4).append(k, v, torch.arange(50)[None])
+    q, at = torch.randn(1, 1, 4, 6, generator=generator, dtype=torch.float64), torch.tensor([[49]])
+    whole = attend(q, cache, at, Scoring(0.4))
+    monkeypatch.setattr("longctx.cache.attend._SCORES", 4 * 2 * 3)  # three blocks
+    torch.testing.assert_close(attend(q, cache, at, Scoring(0.4)), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits, steps", [(8, 255), (4, 15)])
+def test_rounding_is_within_half_a_step(bits: int, steps: int, seed: int) -> None:
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(seed)) * 3
+    stored = Codec(bits).encode(x)
+    parts = x.view(5, 7, 2, 32)
+    step = (parts.amax(-1) - parts.amin(-1)) / steps
+    error = (Codec(bits).decode(stored) - x).abs().view(5, 7, 2, 32).amax(-1)
+    assert (error <= step * 0.501).all()
+    assert stored[0].numel() == x.numel() * bits // 8
+    constant = torch.full((1, 64), 2.5)
+    assert torch.equal(Codec(bits).decode(Codec(bits).encode(constant)), constant)
+
+
+def test_a_compressed_cache_holds_fewer_bytes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, 1, 64, 2, 64, generator=generator)
+    sizes = []
+    for bits in (None, 8, 4):
+        cache = RaggedKV.empty(1, 2, 64, torch.empty(0), codec=Codec(bits)).append(k, v, torch.arange(64)[None])
+        sizes.append(cache.pool.nbytes)
+        got = cache.lane(1)[0]
+        assert (got - k[0, :, 1]).abs().max() <= (0 if bits is None else 5 / (2**bits - 1))
+    rows, position = 2 * 2 * 64, 2 * 64 * 4
+    assert sizes == [rows * 256 + position, rows * (64 + 16) + position, rows * (32 + 16) + position]
+
+
+def test_wrong_use_is_refused() -> None:
+    cache = RaggedKV.empty(1, 1, 6, F64)
+    row = torch.zeros(1, 1, 1, 6, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="takes no gradients"):
+        cache.append(row, row, torch.zeros(1, 1))
+    with pytest.raises(ConfigError, match="a cache of 3 bits is not known"):
+        Codec(3)
+    with pytest.raises(ConfigError, match="rows of 40 numbers do not fit groups of 32"):
+        Codec(8).encode(torch.zeros(1, 40))
