@@ -19,13 +19,15 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "gated_delta": "longctx.mixers.gated_delta.GatedDeltaMixer",
         "agalite": "longctx.mixers.agalite.AgaliteMixer",
         "transformer_vq": "longctx.mixers.transformer_vq.TransformerVQMixer",
+        "block_recurrent": "longctx.mixers.block_recurrent.BlockRecurrentMixer",
+        "transformer_xl": "longctx.mixers.transformer_xl.TransformerXLMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
 
 MIXER_NAMES = tuple(MIXER_CLASSES)
 
-_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq"})
+_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq", "block_recurrent"})
 _SOFTMAX = frozenset({"softmax"})
 
 READERS: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -50,7 +52,7 @@ def unread(mixers: Iterable[str]) -> dict[str, str]:
     }
 
 
-_KNOWN = _ROTARY | {"conv", "rwkv7", "gated_delta", "agalite", "lln"}
+_KNOWN = _ROTARY | {"conv", "rwkv7", "gated_delta", "agalite", "lln", "transformer_xl"}
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[\[\],*])")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from pool import Pool
+from small_mixers import small_options
 from test_invisible_sharding_deepspeed import deepspeed
 from training import Case, assert_same_training, train
 
@@ -12,12 +13,12 @@ from longctx.mixers import MIXERS
 
 
 def two_layers(name: str) -> dict[str, Any]:
-    """A decoder of one mixer, in small chunks where it has them, and with the start of a default config.
+    """A decoder of one mixer, in a small size where it has one, and with the start of a default config.
 
     From ten times larger weights AGaLiTe's and TTT's gradients are known to fp32 no better than to 1e-4, on one rank.
     """
-    chunked = "chunk" in MIXERS[name].Options.model_fields
-    return {"mixer": name, "init_std": 0.02, "mixer_options": {name: {"chunk": 4}} if chunked else {}}
+    options = small_options(name)
+    return {"mixer": name, "init_std": 0.02, "mixer_options": {name: options} if options else {}}
 
 
 SMALL: dict[str, dict[str, Any]] = {

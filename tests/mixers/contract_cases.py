@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
+from small_mixers import SIZES, small_options
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -27,22 +28,21 @@ WIDTH = 24
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Each mixer with small chunks, and with every other value of each of its choices."""
+    """Each mixer in a small size, and with every other value of each of its choices."""
     found = []
     for name, mixer in MIXERS.items():
-        fields = mixer.Options.model_fields
-        small = {"chunk": 4} if "chunk" in fields else {}
+        small = small_options(name)
         found.append((name, small))
-        for key, info in fields.items():
-            if get_origin(info.annotation) is Literal:
-                others = [value for value in get_args(info.annotation) if value != info.default]
-                found += [(name, {**small, key: value}) for value in others]
+        for key, info in mixer.Options.model_fields.items():
+            choices = (True, False) if info.annotation is bool else get_args(info.annotation)
+            if info.annotation is bool or get_origin(info.annotation) is Literal:
+                found += [(name, {**small, key: value}) for value in choices if value != info.default]
     return found
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
     name, options = variant
-    return "-".join([name, *(str(value) for key, value in options.items() if key != "chunk")])
+    return "-".join([name, *(str(value) for key, value in options.items() if key not in SIZES)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What attention inside chunks needs: the keys of the chunk that a run of this rank begins in the middle of.
+"""What attention inside chunks, or over a window, needs: keys that other ranks hold before the runs of this rank.
 
 Chunk c of a document holds its positions c C to (c + 1) C - 1: the grid depends neither on where shards are cut nor on
 where the document lies in a packed sequence. Shards that are cut where chunks begin exchange nothing.
@@ -39,18 +39,42 @@ def chunk_rows(rows_BT: Tensor, context: SequenceContext, chunk: int, past_BW: T
             rows of all are found only where it is given.
     """
     width = _rows_before(context, chunk) if past_BW is None else chunk - 1
-    local: SequenceContext = context.once(
-        ("chunks seen", context.rank, chunk, width), partial(_local, context, chunk, width)
-    )
-    local = local if context.kept is None else local.keeping(context.kept)
+    local = local_context(context, width, chunk)
     if width == 0:
         return ChunkRows(rows_BT, local, past_BW)
     before_BRW, last = halo_before(rows_BT, context, width, past_BW)
+    return ChunkRows(with_before(rows_BT, before_BRW, context), local, last)
+
+
+def with_before(rows_BT: Tensor, before_BRW: Tensor, context: SequenceContext) -> Tensor:
+    """This rank's rows, each run behind the W rows of a halo before it, [B, M, ...]."""
+    # The first part has no row, but without any run the result still hangs on the halo, whose backward sends.
     parts, first = [before_BRW.flatten(1, 2)[:, :0]], 0
     for number, run in enumerate(context.layout.runs[context.rank]):
         parts += [before_BRW[:, number], rows_BT[:, first : first + run.size]]
         first += run.size
-    return ChunkRows(torch.cat(parts, dim=1), local, last)
+    return torch.cat(parts, dim=1)
+
+
+def local_context(context: SequenceContext, width: int, chunk: int | None = None) -> SequenceContext:
+    """The rows of :func:`with_before` on one rank, as keys of the queries that this rank owns.
+
+    Args:
+        width: W.
+        chunk: documents are the chunks; None: those of the sequence, of which only the last W rows before a run are
+            there. A window of up to W + 1 tokens then sees what it would see in the whole sequence.
+    """
+    key = ("rows seen", context.rank, chunk, width)
+    local: SequenceContext = context.once(key, partial(_local, context, chunk, width))
+    return local if context.kept is None else local.keeping(context.kept)
+
+
+def as_queries(local: SequenceContext) -> SequenceContext:
+    """A local context in which all its keys are queries, for their positions."""
+    every: SequenceContext = local.once(
+        "all rows", lambda: SequenceContext(local.group, contiguous(local.length, 1), local.documents)
+    )
+    return every
 
 
 def planned_chunk_rows(context: SequenceContext, chunk: int, row_bytes: int) -> tuple[list[Transfer], list[Transfer]]:
@@ -68,14 +92,13 @@ def _rows_before(context: SequenceContext, chunk: int) -> int:
     return max(lacking)
 
 
-def _local(context: SequenceContext, chunk: int, width: int) -> SequenceContext:
-    """The rows of this rank as a sequence whose documents are the chunks; the queries are those that it owns."""
+def _local(context: SequenceContext, chunk: int | None, width: int) -> SequenceContext:
     runs, spans, length = [], [], 0
     for run in context.layout.runs[context.rank]:
         spans.append(np.arange(run.start - width, run.stop, dtype=np.int64))
         runs.append(Run(length + width, length + width + run.size))
         length += width + run.size
-    documents = tuple(_chunk_starts(spans, starts, chunk) for starts in context.documents)
+    documents = tuple(_starts(spans, starts, chunk) for starts in context.documents)
     alone = Group(0, (0,))
     if width == 0 or not runs:
         return SequenceContext(alone, contiguous(length, 1), documents)
@@ -83,10 +106,11 @@ def _local(context: SequenceContext, chunk: int, width: int) -> SequenceContext:
     return SequenceContext(alone, Layout(length, (tuple(runs),)), documents, past=width)
 
 
-def _chunk_starts(spans: list[npt.NDArray[np.int64]], document_starts: tuple[int, ...], chunk: int) -> tuple[int, ...]:
+def _starts(spans: list[npt.NDArray[np.int64]], document_starts: tuple[int, ...], chunk: int | None) -> tuple[int, ...]:
     found, offset = [0], 0
     for span in spans:
-        begins = (span >= 0) & (_positions(span, document_starts) % chunk == 0)
+        places = _positions(span, document_starts)
+        begins = (span >= 0) & ((places if chunk is None else places % chunk) == 0)
         begins[0] = True
         found += [int(place) + offset for place in np.flatnonzero(begins)]
         offset += len(span)
