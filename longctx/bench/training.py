@@ -31,6 +31,7 @@ STATE_TOKENS = (2**12, 2**20)
 VARIANTS: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         **{name: (f"model.mixer={name}",) for name in MIXER_NAMES},
+        "block_transformer": ("model.block={size: 4}",),
         "rmt": ("model.recurrence={kind: rmt, segment: 512, memory: 16}",),
         "armt": ("model.recurrence={kind: armt, segment: 512, memory: 16}",),
     }

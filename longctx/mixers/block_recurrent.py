@@ -45,6 +45,7 @@ from longctx.mixers.ops.chunk_attention import as_queries, local_context, with_b
 from longctx.mixers.ops.shapes import by_head
 from longctx.positions.rope import RotaryEmbedding
 from longctx.sequence.collectives.halo import halo_before, planned_halo
+from longctx.sequence.collectives.handoff import default_pieces
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 
@@ -56,6 +57,9 @@ class BlockRecurrentOptions(Section):
     states: PositiveInt = Field(512, description="state vectors")
     gate: Literal["fixed", "lstm"] = Field(
         "fixed", description="what states keep: a learned share, or by what they see"
+    )
+    pieces: PositiveInt | None = Field(
+        None, description="groups of sequences that ranks work on in turn; default: four per rank"
     )
 
 
@@ -79,6 +83,7 @@ class BlockRecurrentMixer(Mixer):
         super().__init__(config, layer)
         options: BlockRecurrentOptions = self.options(config, layer)
         self.block, self.states, self.eps = options.chunk, options.states, config.norm_eps
+        self.pieces = options.pieces
         self.size, self.heads, self.head_dim = config.hidden_size, config.num_heads, config.head_size
         self.rope = RotaryEmbedding.from_config(config)
         inner = self.heads * self.head_dim
@@ -122,7 +127,9 @@ class BlockRecurrentMixer(Mixer):
         row_bytes = 2 * self.heads * self.head_dim * dtype.itemsize
         there, back = planned_halo(context, "before", self.block, row_bytes)
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        return there + planned_states(context, self.states, self.size, wide) + back
+        return (
+            there + planned_states(context, self.states, self.size, self.pieces or default_pieces(context), wide) + back
+        )
 
     def mix(
         self, x_BTD: Tensor, context: SequenceContext, state: BlockRecurrentState | None = None
@@ -166,7 +173,15 @@ class BlockRecurrentMixer(Mixer):
             start = States(state.s_BSD, state.kv_B2SHE)
         rows = blocks.cut.own(_open_rows(kv_BT2HE, before_BRW2HE, blocks))
         entering, s_BSD = states_of_blocks(
-            rows, blocks, start, new, weights, context, self.eps, final=state is not None
+            rows,
+            blocks,
+            start,
+            new,
+            weights,
+            context,
+            self.eps,
+            final=state is not None,
+            pieces=self.pieces or default_pieces(context),
         )
         read_BTHE = self._read(q_BTHE, entering, new.kv_B2SHE, blocks)
         if s_BSD is None:

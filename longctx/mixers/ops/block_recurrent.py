@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from longctx.mixers.ops.relative import Segments, segments_of
 from longctx.mixers.ops.shapes import by_head
-from longctx.sequence.collectives.handoff import Operands, default_pieces, handoff, planned_handoff
+from longctx.sequence.collectives.handoff import Operands, handoff, planned_handoff
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.tables import Tables
@@ -143,13 +143,13 @@ def blocks_of(context: SequenceContext, size: int) -> Blocks:
     Raises:
         UnsupportedError: the layout's runs have gaps (striped).
     """
-    found: Blocks = context.once(("blocks", size, context.rank), partial(_find, context, size))
+    found: Blocks = context.once(("blocks of states", size, context.rank), partial(_find, context, size))
     return found
 
 
 def states_of_blocks(
     kv_BNL2HE: Tensor, blocks: Blocks, start: States, new: States, weights: StateWeights, context: SequenceContext,
-    eps: float, *, final: bool = False,
+    eps: float, *, pieces: int, final: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Keys and values of the states that enter every block, [B, N, 2, S, H, E], and the states after the last token of
     all ranks, [B, S, D], where they are asked for; in fp32 (fp64 for fp64).
@@ -159,6 +159,7 @@ def states_of_blocks(
         start: what enters the block that the context starts in, the same on every rank.
         new: see :func:`initial_states`.
         weights: in the dtype of the states.
+        pieces: groups of sequences that ranks work on in turn.
     """
     device, dtype = kv_BNL2HE.device, start.s_BSD.dtype
     flags = (
@@ -173,13 +174,13 @@ def states_of_blocks(
 
     return handoff(
         step, operands, start.s_BSD, blocks.runs, context, shape=start.kv_B2SHE.shape[1:],
-        pieces=default_pieces(context), final=final,
+        pieces=pieces, final=final,
     )  # fmt: skip
 
 
-def planned_states(context: SequenceContext, states: int, size: int, itemsize: int) -> list[Transfer]:
+def planned_states(context: SequenceContext, states: int, size: int, pieces: int, itemsize: int) -> list[Transfer]:
     """What :func:`states_of_blocks` posts on this rank, forward and then backward; numbers of ``itemsize`` bytes."""
-    return planned_handoff(context, context.batch, default_pieces(context), states * size * itemsize)
+    return planned_handoff(context, context.batch, pieces, states * size * itemsize)
 
 
 def _through(
