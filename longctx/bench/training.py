@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from longctx.config.check import load_checked
 from longctx.config.mixers import MIXER_NAMES
-from longctx.config.schema import Model, Runtime
+from longctx.config.schema import Model
 from longctx.config.schema import Sequence as SequenceSection
 from longctx.mixers import MIXERS
 from longctx.mixers.base import StateSize
@@ -87,9 +87,8 @@ def train_all(
     found = []
     with TemporaryDirectory() as folder:
         runs = {name: _overrides(name, overrides, Path(folder) / name) for name in names}
-        for changed in runs.values():  # all faults before hours of training
-            load_checked(config, changed, 1)
-        with joined_world(Runtime(), SequenceSection(length=1, degree=1), launch) as mesh:
+        checked = [load_checked(config, changed, 1) for changed in runs.values()]  # all faults before hours of training
+        with joined_world(checked[0].runtime, SequenceSection(length=1, degree=1), launch) as mesh:
             for name, changed in runs.items():
                 found.append(_train(name, config, changed, mesh, partial(_told, advance, name)))
                 done(found[-1])
