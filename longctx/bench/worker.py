@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longctx.bench.bubble import measured_handoff
 from longctx.bench.mixers import measured_mixer
 from longctx.bench.post import Post
 from longctx.bench.problem import Shape, measured
@@ -53,14 +54,20 @@ def _carry_out(order: dict[str, Any], group: Group, known: dict[str, Callable[[]
     """Mean seconds of ``runs`` runs; of a contender's first order, also the memory of one before, beyond its inputs."""
     name, answer = order["contender"], {}
     if name not in known:
-        make = measured_mixer if name.partition("/")[0] in MIXERS else measured
-        known[name] = make(Shape(**order["shape"]), name, group)
+        known[name] = _contender(name, order, group)
         before = _reset_peak()
         known[name]()
         answer["extra_bytes"] = float(_peak() - before)
     if group.size > 1:
         dist.barrier(group=group.handle)
     return {"seconds": mean(known[name]() for _ in range(order["runs"])), **answer}
+
+
+def _contender(name: str, order: dict[str, Any], group: Group) -> Callable[[], float]:
+    if name.startswith("handoff/"):
+        return measured_handoff(name, group)
+    make = measured_mixer if name.partition("/")[0] in MIXERS else measured
+    return make(Shape(**order["shape"]), name, group)
 
 
 def _reset_peak() -> int:

@@ -1,10 +1,11 @@
 """How a cache of keys and values is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from longctx.cache.compress import Compression
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -21,6 +22,7 @@ class CacheOptions:
         ranks: ranks over which the tokens of every layer are spread, block by block in turn; all of them decode the
             same tokens. None: this one alone.
         ledger: records what they exchange.
+        compression: which tokens stay where not all may; None: all.
 
     Raises:
         ConfigError: a block without tokens.
@@ -31,19 +33,37 @@ class CacheOptions:
     group: int = 32
     ranks: Group | None = None
     ledger: Ledger | None = None
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ConfigError(f"a block of {self.block} tokens; use 1 or more")
 
-    def check_unrounded(self, why: str) -> None:
-        """Refuse ``bits`` where nothing would be rounded.
+    def check_plain(self, why: str) -> None:
+        """Refuse what would have no effect where no keys and values are cached.
 
         Raises:
-            UnsupportedError: ``bits`` is set.
+            UnsupportedError: bits, ranks or a compression are set.
         """
-        if self.bits is not None:
-            raise UnsupportedError(f"a cache of {self.bits} bits has no effect: {why}; leave the bits out")
+        found = {"bits": self.bits, "compression": self.compression, "ranks": self.ranks}
+        for name, value in found.items():
+            if value is not None:
+                raise UnsupportedError(f"{name} of a cache have no effect: {why}; leave them out")
+
+    def for_layer(self, layer: int, layers: int) -> "CacheOptions":
+        """As the caches of one of ``layers`` layers need them.
+
+        Raises:
+            ConfigError: the policy has shares for another number of layers.
+        """
+        if self.compression is None:
+            return self
+        shares = self.compression.policy.layers
+        if shares is not None and len(shares) != layers:
+            raise ConfigError(
+                f"the policy has shares of {len(shares)} layers and the model {layers}; give one for each"
+            )
+        return replace(self, compression=replace(self.compression, layer=layer))
 
     def owned(self, position: Tensor) -> Tensor:
         """Which positions this rank keeps."""

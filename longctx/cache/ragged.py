@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from longctx.cache.codec import Codec
+from longctx.cache.compress import Compression, kept_tokens
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
+from longctx.cache.ranks import Ranks
 from longctx.errors import UnsupportedError
 
 
@@ -23,23 +25,37 @@ class RaggedKV:
     Args:
         lengths_R: tokens of every lane on this rank, evicted ones not counted; int64 on the host.
         seen: tokens of every row so far on all ranks, evicted ones counted.
+        window: positions that a query sees; older tokens are evicted. None: all.
+        settled: tokens that had been seen when some were evicted last.
+        queries_BHWE: the last queries, where the compression asks for some.
     """
 
-    __slots__ = ("__weakref__", "kv_heads", "lengths_R", "options", "pool", "seen")
+    __slots__ = (
+        "__weakref__", "kv_heads", "lengths_R", "options", "pool", "queries_BHWE", "seen", "settled", "window",
+    )  # fmt: skip
 
-    def __init__(self, pool: Pool, options: CacheOptions, kv_heads: int, lengths_R: Tensor, seen: int) -> None:
-        self.pool, self.options, self.kv_heads = pool, options, kv_heads
-        self.lengths_R, self.seen = lengths_R, seen
+    def __init__(
+        self, pool: Pool, options: CacheOptions, kv_heads: int, lengths_R: Tensor, seen: int = 0,
+        window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
+        self.lengths_R, self.seen, self.settled, self.queries_BHWE = lengths_R, seen, settled, queries_BHWE
         pool.users.add(self)
 
     @classmethod
     def empty(
-        cls, batch: int, kv_heads: int, head_dim: int, like: Tensor, options: CacheOptions | None = None
+        cls,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        like: Tensor,
+        options: CacheOptions | None = None,
+        window: int | None = None,
     ) -> "RaggedKV":
         """No token yet; dtype and device of ``like``."""
         options = options or CacheOptions()
         pool = Pool(batch * kv_heads, options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
-        return cls(pool, options, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), 0)
+        return cls(pool, options, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), window=window)
 
     @property
     def batch(self) -> int:
@@ -72,16 +88,25 @@ class RaggedKV:
         taken_RT = taken_BT.repeat_interleave(heads, dim=0)
         pool = self._own_pool()
         pool.write(self.lengths_R, taken_RT, k_RTE, v_RTE, position_RT)
-        return self._with(pool, self.lengths_R + taken_RT.sum(1), self.seen + tokens)
+        return self._with(pool, self.lengths_R + taken_RT.sum(1), seen=self.seen + tokens)
 
     def truncated(self, before: int) -> "RaggedKV":
-        """Without the tokens from position ``before`` on: the roll-back of a speculation."""
+        """Without the tokens from position ``before`` on: the roll-back of a speculation.
+
+        Raises:
+            ValueError: tokens before it were evicted for the sake of those behind it.
+        """
+        if before < self.settled:
+            raise ValueError(
+                f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
+                "go on from the cache of that time"
+            )
         held_NC = torch.arange(self.pool.block) < self.pool.counts(self.lengths_R)[:, None]
         stays_NC = held_NC & (self.pool.position_NC.cpu() < before)
         owned = self.pool.owner_N >= 0
         lengths = torch.zeros_like(self.lengths_R)
         lengths.index_add_(0, self.pool.owner_N[owned], stays_NC.sum(1)[owned])
-        return self._with(self.pool, lengths, min(before, self.seen))
+        return self._with(self.pool, lengths, seen=min(before, self.seen))
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -91,7 +116,7 @@ class RaggedKV:
             places[: len(mask)] = mask
             kept_NC[self._blocks_of(lane)] = places.view(-1, self.pool.block)
         pool, lengths = self.pool.compacted(kept_NC)
-        return self._with(pool, lengths, self.seen)
+        return self._with(pool, lengths)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -108,8 +133,56 @@ class RaggedKV:
         ids = ids[self.pool.ordinal_N[ids] * self.pool.block < self.lengths_R[lane]]
         return ids[self.pool.ordinal_N[ids].argsort()]
 
-    def _with(self, pool: Pool, lengths_R: Tensor, seen: int) -> "RaggedKV":
-        return RaggedKV(pool, self.options, self.kv_heads, lengths_R, seen)
+    def attended(self, q_BTHE: Tensor | None) -> "RaggedKV":
+        """What stays after the new tokens' queries have seen what the cache holds.
+
+        Args:
+            q_BTHE: those queries, rotated; None: there are none of this layer's own.
+
+        Raises:
+            UnsupportedError: the compression needs queries.
+        """
+        compression = self.options.compression
+        if compression is None:
+            return self._within_window()
+        queries_BHWE, wanted = None, compression.scorer.queries
+        if wanted:
+            if q_BTHE is None:
+                raise UnsupportedError(
+                    f"{type(compression.scorer).__name__} scores keys by the queries of their layer, and these serve "
+                    "many layers; use a scorer of keys alone"
+                )
+            known = [] if self.queries_BHWE is None else [self.queries_BHWE]
+            queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
+        cache = self._with(self.pool, self.lengths_R, queries_BHWE=queries_BHWE)
+        return cache._compressed(compression) if self.seen - self.settled >= compression.policy.every else cache
+
+    def _compressed(self, compression: Compression) -> "RaggedKV":
+        ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
+        tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks)
+        if masks is None:
+            return self
+        cache = self.kept(masks)
+        return cache._with(cache.pool, cache.lengths_R, settled=self.seen, queries_BHWE=self.queries_BHWE)
+
+    def _within_window(self) -> "RaggedKV":
+        """Without the tokens that no later query sees, once they are a quarter of the window."""
+        if self.window is None or self.seen - max(self.settled, self.window) < max(self.window // 4, 1):
+            return self
+        oldest = self.seen - self.window + 1
+        cache = self.kept([self.lane(lane)[2].cpu() >= oldest for lane in range(len(self.lengths_R))])
+        return cache._with(cache.pool, cache.lengths_R, settled=self.seen)
+
+    def _with(
+        self, pool: Pool, lengths_R: Tensor, *, seen: int | None = None, settled: int | None = None,
+        queries_BHWE: Tensor | None = None,
+    ) -> "RaggedKV":  # fmt: skip
+        return RaggedKV(
+            pool, self.options, self.kv_heads, lengths_R, self.seen if seen is None else seen, self.window,
+            self.settled if settled is None else settled,
+            self.queries_BHWE if queries_BHWE is None else queries_BHWE,
+        )  # fmt: skip
 
     def _own_pool(self) -> Pool:
         """The pool, if nobody else sees what lies behind these tokens."""

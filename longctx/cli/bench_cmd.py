@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--kinds", metavar="NAME,...", default="", help="train these alone (default: all)")
     training.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     add_config_arguments(training)
+    handoff = subparsers.add_parser("handoff", help="how long ranks wait for a state handed on, against the formula")
+    handoff.add_argument("--ranks", metavar="N", default="2", help="processes, one thread each (default 2)")
+    handoff.add_argument("--rounds", metavar="N", default="5", help="rounds, all in each (default 5)")
+    handoff.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         return _precision(args)
     if args.what == "mixers":
         return _mixers(args)
+    if args.what == "handoff":
+        return _handoff(args)
     if args.what == "recall":
         return _recall(args)
     if args.what == "training":
@@ -151,6 +157,18 @@ def _efficiency(args: argparse.Namespace, only: list[str]) -> int:
     shape = Shape(16384 if args.length is None else whole_number("--length", args.length), 4, 4)
     found = efficiency(shape, ranks, whole_number("--rounds", args.rounds), only, _progress)
     print("\n".join(efficiency_table(found, ranks, shape)))
+    _write(args.json, [asdict(row) for row in found])
+    return 0
+
+
+def _handoff(args: argparse.Namespace) -> int:
+    from longctx.bench.bubble import bubble, table
+    from longctx.cli.options import whole_number
+
+    ranks = whole_number("--ranks", args.ranks, 2)
+    _check_file(args.json)
+    found = bubble(ranks, whole_number("--rounds", args.rounds), _progress)
+    print("\n".join(table(found, ranks)))
     _write(args.json, [asdict(row) for row in found])
     return 0
 

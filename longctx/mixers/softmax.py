@@ -92,7 +92,7 @@ class SoftmaxMixer(Mixer):
 
     def empty_cache(self, batch: int, like: Tensor, options: CacheOptions) -> RaggedKV:
         """See :class:`Mixer`."""
-        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options)
+        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options, self.window)
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where the rotary table changes between the two lengths."""
@@ -130,6 +130,7 @@ class SoftmaxMixer(Mixer):
         if isinstance(state, RaggedKV):
             state = state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
             mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window)
+            state = state.attended(q_BTHE)
         else:
             if state is not None:
                 state = state.append(k_BTKE, v_BTKE)

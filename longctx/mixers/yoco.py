@@ -152,7 +152,9 @@ class YocoMixer(Mixer):
             mixed_BTHE = cached_attention(q_BTHE, memory, context)
         else:
             mixed_BTHE = attention(q_BTHE, *memory, context, causal=True)
-        return self.o_proj(mixed_BTHE.flatten(2)), own if self.offers and state is not None else state
+        if self.offers and state is not None:
+            state = own.attended(None) if isinstance(own, RaggedKV) else own
+        return self.o_proj(mixed_BTHE.flatten(2)), state
 
     def _cos_sin(self, x_BTD: Tensor, context: SequenceContext) -> Any:
         return self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)

@@ -86,7 +86,7 @@ class AttachedCausalLM(nn.Module):
             UnsupportedError: the cache is asked to round what it does not keep.
         """
         if cache is not None:
-            cache.check_unrounded("transformers' class keeps no state between our steps")
+            cache.check_plain("transformers' class keeps no state between our steps")
         return ()
 
     def state_survives(self, past: int, length: int) -> bool:

@@ -185,9 +185,10 @@ class CausalLM(nn.Module):
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
             return tuple(mixer.empty_state(batch, like) for mixer in mixers)
-        states = tuple(mixer.empty_cache(batch, like, cache) for mixer in mixers)
+        caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
+        states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
         if not any(isinstance(state, RaggedKV) for state in states):
-            cache.check_unrounded("no layer of this model keeps keys and values")
+            cache.check_plain("no layer of this model keeps keys and values")
         return states
 
     def forward(

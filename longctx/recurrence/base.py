@@ -73,7 +73,7 @@ class SegmentedDecoder(nn.Module, ABC):
 
     def _check_cache(self, cache: CacheOptions | None) -> None:
         if cache is not None:
-            cache.check_unrounded("a recurrence keeps no more than one segment, in full")
+            cache.check_plain("a recurrence keeps no more than one segment, in full")
 
     def state_survives(self, past: int, length: int) -> bool:
         """What counts is how far positions reach inside a segment."""

@@ -51,6 +51,16 @@ def test_ranks_are_measured_against_one_process(tmp_path: Path, capsys: pytest.C
     assert "efficiency of 2 ranks against one process of 2 threads, 128 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.tier2
+def test_waiting_is_measured_beside_its_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bubble.json"
+    assert main(["bench", "handoff", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["planned"] for row in rows] == [pytest.approx(1 / (row["pieces"] + 1)) for row in rows]
+    assert all(row["measured"] < 1 for row in rows)
+    assert f"| 1 | 0.50 | {rows[0]['measured']:.2f} |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -85,7 +85,7 @@ def test_a_rounded_cache_is_close_and_smaller(seed: int) -> None:
 def test_rounding_is_refused_where_nothing_is_cached() -> None:
     recurrence = {"kind": "rmt", "segment": 8, "memory": 2}
     model = with_recurrence(build_native(Model.model_validate({**SIZES, "recurrence": recurrence})))
-    with pytest.raises(UnsupportedError, match="a cache of 8 bits has no effect: a recurrence keeps no more than one"):
+    with pytest.raises(UnsupportedError, match="bits of a cache have no effect: a recurrence keeps no more than one"):
         model.empty_state(1, CacheOptions(bits=8))
     model.empty_state(1, CacheOptions())
     with pytest.raises(UnsupportedError, match="no layer of this model keeps keys and values"):

@@ -48,8 +48,15 @@ def summed(own: Tensor, group: Group) -> Tensor:
     own = own.detach().to(torch.promote_types(own.dtype, torch.float32))
     if group.size == 1:
         return own
-    gathered: Tensor = _Gather.apply(own, group, None)  # type: ignore[no-untyped-call]
-    return gathered.sum(0)
+    return gathered(own, group).sum(0)
+
+
+def gathered(own: Tensor, group: Group, ledger: Ledger | None = None) -> Tensor:
+    """[...] of every rank of any group, of one shape everywhere, as [P, ...] in rank order; no gradient."""
+    if group.size == 1:
+        return own[None]
+    found: Tensor = _Gather.apply(own.detach(), group, ledger)  # type: ignore[no-untyped-call]
+    return found
 
 
 def tie(x: Tensor, *tokens: Tensor) -> Tensor:
