@@ -30,7 +30,8 @@ class Policy:
         ratio: of the tokens seen so far, rounded up; or
         tokens: so many, however many were seen. Exactly one of the two.
         sinks, recent: the first and the last tokens of a row stay; they count.
-        every: new tokens after which a cache is compressed again: a prompt in longer chunks after each chunk.
+        every: new tokens after which a cache is compressed again; a prompt in longer chunks after each chunk.
+            Generation also compresses at the end of a prompt.
         adaptive: heads of a row share their budgets.
         floor: adaptive: share of its equal budget that a head keeps in any case.
         layers: share of each layer in the budget; they are scaled to a mean of 1. None: equal.

@@ -7,12 +7,14 @@ Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T ne
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from longctx.cache.codec import Codec
-from longctx.cache.compress import Compression, kept_tokens
+from longctx.cache.compress import kept_tokens
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
@@ -155,9 +157,13 @@ class RaggedKV:
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
             queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
         cache = self._with(self.pool, self.lengths_R, queries_BHWE=queries_BHWE)
-        return cache._compressed(compression) if self.seen - self.settled >= compression.policy.every else cache
+        return cache.compressed() if self.seen - self.settled >= compression.policy.every else cache
 
-    def _compressed(self, compression: Compression) -> "RaggedKV":
+    def compressed(self) -> "RaggedKV":
+        """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
+        compression = self.options.compression
+        if compression is None or self.settled == self.seen:
+            return self
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
         tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
         masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks)
@@ -190,3 +196,8 @@ class RaggedKV:
         if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others if isinstance(user, RaggedKV)):
             return self.pool
         return self.pool.copy(self.lengths_R)
+
+
+def all_compressed(state: Any) -> Any:
+    """A decode state with every cache in it compressed now: a prompt is over."""
+    return tree_map(lambda leaf: leaf.compressed() if isinstance(leaf, RaggedKV) else leaf, state)

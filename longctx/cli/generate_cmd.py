@@ -2,14 +2,22 @@
 
 import argparse
 import sys
+import typing
 from pathlib import Path
 
-from longctx.cli.options import whole_number
+from longctx.cli.options import give_way, whole_number
 
-HELP = "continue a text with a trained model"
+if typing.TYPE_CHECKING:
+    from longctx.cache.options import CacheOptions
+    from longctx.runtime.mesh import Mesh
+
+HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
+
+SCORERS = ("key-norm", "key-diff", "snapkv", "tova", "recency", "random")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See :mod:`longctx.cli.main`."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="run, checkpoint or Hugging Face folder")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
@@ -21,30 +29,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random draws (default 0)")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
+    parser.add_argument("--chunk", metavar="N", default="4096", help="tokens run at a time (default 4096)")
+    parser.add_argument("--cache-bits", choices=("8", "4"), help="round cached keys and values to so many bits")
+    parser.add_argument("--keep", metavar="X", help="tokens per head that stay cached, or a share of them below 1")
+    parser.add_argument("--scorer", choices=SCORERS, help="with --keep: which tokens stay (default snapkv)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the continuation to stdout as it comes. Raises :class:`longctx.errors.LongctxError` for bad input."""
+    from longctx.errors import ConfigError
+    from longctx.runtime.launcher import read_launch
+
+    launch = read_launch()
+    try:
+        prompt = _checked(args, launch.world)
+    except ConfigError:
+        if launch.rank == 0:
+            raise
+        return give_way()
+    if launch.world == 1:
+        return _generate(args, prompt, None)
+    from longctx.config.schema import Runtime, Sequence
+    from longctx.runtime.agreement import FailedElsewhere
+    from longctx.runtime.process import joined_world
+
+    try:
+        with joined_world(Runtime(), Sequence(length=launch.world, degree=launch.world), launch) as mesh:
+            return _generate(args, prompt, mesh)
+    except FailedElsewhere:
+        return give_way()
+
+
+def _checked(args: argparse.Namespace, world: int) -> str:
+    """The prompt, once nothing is wrong with the arguments."""
+    import torch
+
+    from longctx.errors import ConfigError
+    from longctx.generate import Sampling
+
+    Sampling(args.temperature, args.top_p, args.seed)
+    if args.top_p != 1 and args.temperature == 0:
+        raise ConfigError(f"--top-p {args.top_p} has no effect at temperature 0, which is greedy; add --temperature 1")
+    if args.scorer is not None and args.keep is None:
+        raise ConfigError(f"--scorer {args.scorer} has no effect without --keep; say how many tokens stay")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+    if world > 1 and args.prompt is None and args.file is None:
+        raise ConfigError(f"{world} processes cannot share stdin; give the prompt by --prompt or --file")
+    whole_number("--max-tokens", args.max_tokens)
+    whole_number("--chunk", args.chunk)
+    _cache(args, None)
+    return _read_prompt(args)
+
+
+def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int:
+    """All ranks run all tokens and hold a part of the cache each; the first one writes."""
     import torch
 
     from longctx.checkpoint.folder import open_model
-    from longctx.errors import ConfigError
     from longctx.generate import Sampling, stream_text
+    from longctx.runtime.agreement import agree
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    if args.top_p != 1 and args.temperature == 0:
-        raise ConfigError(f"--top-p {args.top_p} has no effect at temperature 0, which is greedy; add --temperature 1")
-    max_tokens = whole_number("--max-tokens", args.max_tokens)
-    prompt = _read_prompt(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, _, tokenizer = open_model(args.model, device=device)
-    for piece in stream_text(model, tokenizer, prompt, max_tokens, sampling, args.stop):
-        print(piece, end="", flush=True)
-    print()
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if mesh is None:
+        model, _, tokenizer = open_model(args.model, device=device)
+    else:
+        model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+    pieces = stream_text(
+        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
+        _cache(args, mesh), whole_number("--chunk", args.chunk),
+    )  # fmt: skip
+    for piece in pieces:
+        if mesh is None or mesh.is_first:
+            print(piece, end="", flush=True)
+    if mesh is None or mesh.is_first:
+        print()
     return 0
+
+
+def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
+    from longctx.cache import scorers
+    from longctx.cache.compress import Compression, Policy
+    from longctx.cache.options import CacheOptions
+    from longctx.errors import ConfigError
+
+    compression = None
+    if args.keep is not None:
+        kinds: dict[str, type[scorers.Scorer]] = {
+            "key-norm": scorers.KeyNorm, "key-diff": scorers.KeyDiff, "snapkv": scorers.SnapKV, "tova": scorers.TOVA,
+            "recency": scorers.Recency, "random": scorers.Random,
+        }  # fmt: skip
+        try:
+            share = float(args.keep)
+        except ValueError:
+            share = float(whole_number("--keep", args.keep))
+        if share <= 0 or (share >= 1 and share != int(share)):
+            raise ConfigError(f"--keep {args.keep} is neither a number of tokens nor a share of them; use 1024 or 0.5")
+        policy = Policy(ratio=share) if share < 1 else Policy(tokens=int(share))
+        compression = Compression(kinds[args.scorer or "snapkv"](), policy)
+    bits = int(args.cache_bits) if args.cache_bits else None
+    return CacheOptions(bits=bits, ranks=None if mesh is None else mesh.sequence, compression=compression)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:

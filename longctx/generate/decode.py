@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import all_compressed
 from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
@@ -119,11 +120,15 @@ def decode_ids(
     max_tokens: int,
     sampling: Sampling | None = None,
     streams: Sequence[int] | None = None,
+    cache: CacheOptions = _CACHE,
+    chunk: int | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, ``max_tokens`` times; all prompts have the same length.
 
     Args:
         streams: number of each prompt's random stream (see :class:`Sampling`); default: its row.
+        cache: how keys and values are stored.
+        chunk: tokens of the prompts that run at a time, which bounds the memory they need; default: all.
 
     Raises:
         DataError: the prompts are empty.
@@ -136,7 +141,10 @@ def decode_ids(
     done = None
     chosen = torch.tensor(prompts, dtype=torch.int64, device=device)
     for _ in range(max_tokens):
-        hidden_B1D, done = advance(model, chosen, done, last_only=True)
+        for part in torch.split(chosen, chunk or chosen.shape[1], dim=1):
+            hidden_B1D, done = advance(model, part, done, last_only=True, cache=cache)
+        if done is not None and chosen.shape[1] > 1:
+            done = done._replace(state=all_compressed(done.state))
         logits_BV = model.logits(hidden_B1D)[:, 0]
         row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]
         yield row

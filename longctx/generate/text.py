@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from longctx.cache.options import CacheOptions
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
 from longctx.generate.decode import LanguageModel, decode_ids
@@ -18,10 +19,15 @@ def stream_text(
     max_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    cache: CacheOptions | None = None,
+    chunk: int | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces.
 
     It ends after ``max_tokens`` tokens, at the tokenizer's end token, or before the first of the ``stop`` strings.
+
+    Args:
+        cache, chunk: as for :func:`longctx.generate.decode.decode_ids`.
 
     Raises:
         DataError: the prompt is empty.
@@ -31,7 +37,7 @@ def stream_text(
     if not ids:
         raise DataError("the prompt is empty; give some text to continue")
     words, stopper = _Words(tokenizer, ids), _Stopper(stop)
-    for (token,) in decode_ids(model, [ids], max_tokens, sampling):
+    for (token,) in decode_ids(model, [ids], max_tokens, sampling, cache=cache or CacheOptions(), chunk=chunk):
         if token == tokenizer.eos_id:
             break
         piece = stopper.push(words.push(token))

@@ -1,5 +1,7 @@
 """Decoding against the full forward and transformers' generate; sampling, stop strings, streaming."""
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,7 +144,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def _script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     """Let the model "generate" these ids."""
 
-    def scripted(model: Any, prompts: Any, max_tokens: int, sampling: Any) -> Iterator[list[int]]:
+    def scripted(model: Any, prompts: Any, max_tokens: int, sampling: Any, **_: Any) -> Iterator[list[int]]:
         yield from ([token] for token in ids[:max_tokens])
 
     monkeypatch.setattr(text_module, "decode_ids", scripted)
@@ -241,6 +243,31 @@ def test_generate_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out != text
 
 
+def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chunks change nothing, neither does a cache that keeps everything; one that keeps little does."""
+    found = {}
+    prompt = "def f(self): return value " * 12
+    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), ("--keep", 40, "--scorer", "random")):
+        options = ("--max-tokens", 24, "--device", "cpu", "--temperature", 1.0, "--chunk", 700, *extra)
+        assert _longctx("generate", folder, "--prompt", prompt, *options) == 0
+        found[extra] = capsys.readouterr().out
+    assert found["--chunk", 7] == found["--keep", 4096] == found[()]
+    assert found["--keep", 40, "--scorer", "random"] != found[()]
+
+
+@pytest.mark.tier2
+def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["--prompt", "def f(self): return value " * 12, "--max-tokens", "24", "--device", "cpu"]
+    for more in ([], ["--keep", "0.3"]):
+        assert _longctx("generate", folder, *prompt, *more) == 0
+        alone = capsys.readouterr().out
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        words = [*command, "-m", "longctx", "generate", str(folder), *prompt, *more]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == alone
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -248,6 +275,11 @@ def test_generate_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("--prompt", "a", "--top-p", "2"), "top_p 2.0 is out of range"),
         (("--prompt", "a", "--max-tokens", "0"), "--max-tokens must be at least 1"),
         (("--file", "nowhere.txt"), "cannot read the prompt from nowhere.txt"),
+        (("--prompt", "a", "--chunk", "0"), "--chunk must be at least 1"),
+        (("--prompt", "a", "--scorer", "tova"), "--scorer tova has no effect without --keep"),
+        (("--prompt", "a", "--keep", "1.5"), "--keep 1.5 is neither a number of tokens nor a share"),
+        (("--prompt", "a", "--keep", "-3"), "--keep"),
+        (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
     ],
 )
 def test_generate_command_refuses(
