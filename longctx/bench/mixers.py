@@ -228,4 +228,9 @@ def plot(found: Sequence[Growth], path: Path) -> None:
             colour, style = f"C{number % 10}", "-" if number < 10 else "--"
             for axes, values in ((left, list(row.seconds)), (right, [n / 1e6 for n in row.bytes])):
                 axes.loglog(row.lengths, values, style, color=colour, linewidth=1.3, label=row.mixer)
-        left.legend(fontsize=8, frameon=False)
+        for axes in (left, right):
+            lengths = found[0].lengths
+            axes.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
+            axes.minorticks_off()
+        left.set_ylim(top=30 * max(max(row.seconds) for row in found))  # room for the legend
+        left.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)

@@ -121,6 +121,9 @@ def model_state_size(model: Model) -> StateSize:
     """Numbers that all layers keep to decode, the most of any phase of a segment."""
     sizes = [MIXERS[name].state_size(model, layer) for layer, name in enumerate(model.mixers)]
     whole = StateSize(sum(size.per_token for size in sizes), sum(size.per_sequence for size in sizes))
+    if (block := model.block) is not None:
+        inside = model.token_layers * 2 * model.kv_heads * model.head_size * (block.prefix + block.size - 1)
+        return StateSize(-(-whole.per_token // block.size), whole.per_sequence + inside)
     return whole if model.recurrence is None else KINDS[model.recurrence.kind].state_size(model, whole)
 
 

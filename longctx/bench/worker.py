@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench.bubble import measured_handoff
+from longctx.bench.decode import measured_decode
 from longctx.bench.mixers import measured_mixer
 from longctx.bench.post import Post
 from longctx.bench.problem import Shape, measured
@@ -66,6 +67,8 @@ def _carry_out(order: dict[str, Any], group: Group, known: dict[str, Callable[[]
 def _contender(name: str, order: dict[str, Any], group: Group) -> Callable[[], float]:
     if name.startswith("handoff/"):
         return measured_handoff(name, group)
+    if name.startswith("decode/"):
+        return measured_decode(Shape(**order["shape"]), name, group)
     make = measured_mixer if name.partition("/")[0] in MIXERS else measured
     return make(Shape(**order["shape"]), name, group)
 

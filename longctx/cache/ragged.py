@@ -7,6 +7,7 @@ Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T ne
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,6 +120,23 @@ class RaggedKV:
             kept_NC[self._blocks_of(lane)] = places.view(-1, self.pool.block)
         pool, lengths = self.pool.compacted(kept_NC)
         return self._with(pool, lengths)
+
+    def parts(self) -> tuple[Any, ...]:
+        """Numbers and tensors that :meth:`from_parts` makes the same cache of."""
+        pool, options = self.pool.copy(self.lengths_R), self.options
+        numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
+        tensors = (pool.k, pool.v, pool.position_NC, pool.owner_N, pool.ordinal_N, pool.last_R, pool.none_E)
+        return *numbers, self.lengths_R, self.queries_BHWE, *tensors
+
+    @classmethod
+    def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
+        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say."""
+        block, bits, group, kv_heads, seen, window, settled, lengths_R, queries_BHWE, *tensors = parts
+        options = replace(options, block=block, bits=bits, group=group)
+        pool = Pool(len(lengths_R), block, Codec(bits, group), tensors[-1])
+        pool.k, pool.v, pool.position_NC = tensors[0], tensors[1], tensors[2]
+        pool.owner_N, pool.ordinal_N, pool.last_R = (t.cpu() for t in tensors[3:6])
+        return cls(pool, options, kv_heads, lengths_R.cpu(), seen, window, settled, queries_BHWE)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""

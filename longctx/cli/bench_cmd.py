@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     handoff.add_argument("--ranks", metavar="N", default="2", help="processes, one thread each (default 2)")
     handoff.add_argument("--rounds", metavar="N", default="5", help="rounds, all in each (default 5)")
     handoff.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    decode = subparsers.add_parser("decode", help="one token over a cache spread over ranks, by tree and by ring")
+    decode.add_argument("--ranks", metavar="N,...", default="2,4,8", help="processes to measure (default 2,4,8)")
+    decode.add_argument("--length", metavar="S", default="128k", help="keys of all ranks (default 128k)")
+    decode.add_argument("--rounds", metavar="N", default="5", help="rounds, both in each (default 5)")
+    decode.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -66,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         return _mixers(args)
     if args.what == "handoff":
         return _handoff(args)
+    if args.what == "decode":
+        return _decode(args)
     if args.what == "recall":
         return _recall(args)
     if args.what == "training":
@@ -170,6 +177,25 @@ def _handoff(args: argparse.Namespace) -> int:
     found = bubble(ranks, whole_number("--rounds", args.rounds), _progress)
     print("\n".join(table(found, ranks)))
     _write(args.json, [asdict(row) for row in found])
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from longctx.bench.decode import compute, measure, table
+    from longctx.bench.problem import Shape
+    from longctx.cli.options import whole_number
+    from longctx.errors import ConfigError
+
+    ranks = [whole_number("--ranks", part, 2) for part in args.ranks.split(",")]
+    length = whole_number("--length", args.length)
+    if odd := [count for count in ranks if length % count]:
+        raise ConfigError(f"--length {length} is not a multiple of --ranks {odd[0]}; all ranks hold as many keys")
+    _check_file(args.json)
+    found = measure(Shape(length, 32, 8, 128), ranks, whole_number("--rounds", args.rounds), _progress)
+    # A layer of a Llama-8B at a million tokens, on nodes of eight.
+    found += compute(Shape(2**20, 32, 8, 128), [2**power for power in range(4, 11)])
+    print("\n".join(table(found)))
+    _write(args.json, [{**asdict(row), "ratio": row.ratio} for row in found])
     return 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from longctx.config.schema import Model
 from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM
+from longctx.recurrence import KINDS as RECURRENCES
 from longctx.recurrence import with_recurrence
 from longctx.recurrence.armt import Associations, AssociativeMemory, dpfp
 from longctx.recurrence.segments import layout_maker, segments_of, with_resets
@@ -28,7 +29,7 @@ from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Documents
 
 VOCAB = 61
-KINDS = pytest.mark.parametrize("kind", ["rmt", "armt"])
+KINDS = pytest.mark.parametrize("kind", RECURRENCES)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""``longctx bench decode``: bytes by the formula, times computed from the links that are stated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longctx.bench.decode import Links, compute
+from longctx.bench.problem import Shape
+from longctx.cli.main import main
+
+LLAMA = Shape(2**20, 32, 8, 128)
+
+
+def test_bytes_are_those_of_the_formula() -> None:
+    (row,) = compute(LLAMA, [8])
+    assert row.tree_bytes == pytest.approx(29_120)
+    assert row.ring_bytes == pytest.approx(3.76e9, rel=1e-3)
+
+
+def test_times_follow_from_the_links() -> None:
+    """One node: 8 ranks read 1/8 of 4.29 GB each; two reductions of three levels up and down."""
+    links = Links(memory=1e12, inside=1e11, hop_inside=1e-6)
+    (row,) = compute(LLAMA, [8], links)
+    read, wire = 2**20 * 4096 / 8 / 1e12, 2 * 4 * 32 * 130 * 7 / 8 / 1e11
+    assert row.tree_seconds == pytest.approx(read + 12e-6 + wire)
+    assert row.ring_seconds == pytest.approx(read + 7 * (1e-6 + 2**20 * 4096 / 8 / 1e11))
+    slow, fast = (compute(LLAMA, [64], Links(across=speed))[0].ratio for speed in (10e9, 100e9))
+    assert slow > 4 * fast > 4
+
+
+@pytest.mark.tier2
+def test_both_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decode.json"
+    assert main(["bench", "decode", "--ranks", "2,3", "--length", "3072", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["ranks"], row["measured"]) for row in rows[:3]] == [(2, True), (3, True), (16, False)]
+    assert all(row["tree_seconds"] > 0 and row["ring_seconds"] > 0 for row in rows)
+    assert rows[0]["ring_bytes"] == 3072 / 2 * 2 * 8 * 128 * 4
+    assert "| 1024 | computed |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--ranks", "1"], "--ranks must be at least 2"),
+        (["--ranks", "3", "--length", "1000"], "--length 1000 is not a multiple of --ranks 3"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "decode", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
