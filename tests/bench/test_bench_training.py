@@ -12,6 +12,7 @@ from longctx.bench.training import STATE_TOKENS, VARIANTS, model_state_size
 from longctx.cli.main import main
 from longctx.config.mixers import MIXER_NAMES
 from longctx.config.schema import Model
+from longctx.model.block_transformer import build_native
 from longctx.model.decoder import CausalLM
 from longctx.recurrence import with_recurrence
 from longctx.sequence.context import SequenceContext
@@ -53,6 +54,17 @@ def test_state_size_of_a_recurrence_is_what_decoding_keeps(kind: str) -> None:
     planned = model_state_size(model.config)
     assert planned.per_token == 0
     assert numbers + (3 + 1) * 2 * (2 * 3 * 4) == planned.per_sequence
+
+
+def test_state_size_of_a_block_transformer_is_what_decoding_keeps() -> None:
+    """After 23 tokens: five blocks of four, and a block with three tokens and its prefix."""
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
+    config = Model.model_validate({"vocab_size": 11, **sizes, "block": {"size": 4, "layers": 1, "prefix": 2}})
+    model, tokens = build_native(config), torch.zeros(1, 23, dtype=torch.int64)
+    state = model(tokens, SequenceContext.single(1, 0).extend(23), state=model.empty_state(1)).state
+    leaves = torch.utils._pytree.tree_leaves(state)
+    planned = model_state_size(config)
+    assert sum(t.numel() for t in leaves if t.is_floating_point()) == 20 * planned.per_token + planned.per_sequence
 
 
 @pytest.mark.parametrize(
