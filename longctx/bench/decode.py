@@ -101,10 +101,11 @@ def _ring(q: Tensor, kv: Tensor, group: Group, at: Tensor, scoring: Scoring) -> 
         k, v = kv.unbind(0)
         cache = RaggedKV.empty(1, k.shape[2], k.shape[3], k).append(k, v, torch.arange(k.shape[1])[None])
         part = attend(q, cache, at, scoring)
+        part_out, part_lse = (t.flatten(0, 1).contiguous() for t in part)
         if out is None or lse is None:
-            out, lse = part
+            out, lse = part_out, part_lse
         else:
-            merge_(out.flatten(0, 1), lse.flatten(0, 1), part[0].flatten(0, 1), part[1].flatten(0, 1))
+            merge_(out, lse, part_out, part_lse)
         for work in works:
             if work is not None:
                 work.wait()

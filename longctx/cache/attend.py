@@ -48,6 +48,7 @@ def cached_attention(
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
     out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window)
     if sink_H is not None:
+        out_BTHE, lse_BTH = out_BTHE.contiguous(), lse_BTH.contiguous()  # of which flattening is a view
         add_sink_(out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1), sink_H)
     return out_BTHE.to(q_BTHE.dtype)
 
