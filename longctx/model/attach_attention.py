@@ -16,11 +16,8 @@ from torch.nn.functional import pad
 
 from longctx.attention import attention
 from longctx.errors import UnsupportedError
-from longctx.model.attach_cache import LayerCaches
+from longctx.model.attach_cache import NAME, LayerCaches
 from longctx.sequence.context import SequenceContext
-
-NAME = "longctx"
-"""Name of our functions in transformers' AttentionInterface and AttentionMaskInterface."""
 
 _BESIDE_THE_POINT = {"position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "layer_idx"}
 """Keywords that models hand down to every attention function and that change nothing about it under a context."""
