@@ -94,7 +94,7 @@ def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
 def compress(model: nn.Module, scorer: Scorer, policy: Policy) -> Iterator[None]:
     """Within the block ``model.generate(...)`` caches in blocks and lets stay what the policy says.
 
-    A prompt is compressed as the policy's ``every`` says; in longer ones after the prompt.
+    Compressed it is as often as the policy's ``every`` says, a prompt of at least so many tokens when it is over.
     """
     options = CacheOptions(compression=Compression(scorer, policy))
     cache_for(model, options)  # refuses what cannot work now

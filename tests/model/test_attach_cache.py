@@ -98,17 +98,16 @@ def test_a_block_compresses_what_generate_caches(seed: int) -> None:
 
 def test_what_a_cache_cannot_do_is_refused() -> None:
     model: Any = tiny_model("llama").eval()
-    with pytest.raises(UnsupportedError, match="is not attached; call longctx.attach"):
+    with pytest.raises(UnsupportedError, match=r"is not attached; call longctx\.attach"):
         cache_for(model)
     longctx.attach(model)
     ids = torch.arange(3, 9)[None]
     with pytest.raises(UnsupportedError, match="longctx's cache does not take reorder_cache"):
         model.generate(ids, past_key_values=cache_for(model), num_beams=2, max_new_tokens=3, pad_token_id=0)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     with pytest.raises(UnsupportedError, match="an attention_mask that masks tokens"):
-        mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
         model.generate(ids, attention_mask=mask, past_key_values=cache_for(model), max_new_tokens=3, pad_token_id=0)
-    dynamic: Any = tiny_model(
-        "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    ).eval()
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    dynamic: Any = tiny_model("llama", rope_parameters=rope).eval()
     with pytest.raises(UnsupportedError, match="rotates keys by the length of the sequence"):
         cache_for(longctx.attach(dynamic))
