@@ -76,7 +76,7 @@ def measured_decode(shape: Shape, name: str, group: Group) -> Callable[[], float
     ranks = group if method == "tree" else None
     cache = RaggedKV.empty(1, shape.kv_heads, shape.head_dim, k).append(k, v, torch.arange(size[1])[None])
     # Filled as if alone, so that every rank has as many; then told of the others.
-    cache = RaggedKV(cache.pool, CacheOptions(ranks=ranks), shape.kv_heads, cache.lengths_R, cache.seen)
+    cache = RaggedKV(cache.pool, CacheOptions(ranks=ranks), shape.kv_heads, cache.layout, cache.seen)
 
     def run() -> float:
         started = time.perf_counter()

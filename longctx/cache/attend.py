@@ -133,24 +133,25 @@ def _block_by_block(
     q_RQE = q_BTHE.view(batch, tokens, cache.kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(lanes, -1, size)
     at_RQ = position_BT.repeat_interleave(cache.kv_heads, dim=0).repeat(1, group)
     wide = torch.promote_types(q_BTHE.dtype, torch.float32)
-    counts_N = cache.pool.counts(cache.lengths_R)
-    ids_n = _visible(cache, counts_N, at_RQ, window)
     step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
     out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide)
     lse_RQ = out_RQE.new_full(q_RQE.shape[:2], float("-inf"))
-    for part in _parts(ids_n, len(counts_N), step):
-        merge_(out_RQE, lse_RQ, *_partial(q_RQE, at_RQ, cache, part, counts_N, scoring, window))
+    for part in _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step):
+        merge_(out_RQE, lse_RQ, *_partial(q_RQE, at_RQ, cache, part, scoring, window))
     out_BTHE = out_RQE.view(batch, cache.kv_heads, group, tokens, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out_BTHE, lse_RQ.view(batch, cache.kv_heads, group, tokens).permute(0, 3, 1, 2).flatten(2)
 
 
-def _visible(cache: RaggedKV, counts_N: Tensor, at_RQ: Tensor, window: int | None) -> Tensor:
+def _visible(cache: RaggedKV, at_RQ: Tensor, window: int | None) -> Tensor:
     """Ids of the blocks that hold anything a query may see."""
+    layout, counts_N = cache.layout, cache.layout.counts()
     if window is None or not len(counts_N):
-        return (counts_N > 0).nonzero()[:, 0]
-    last_N = cache.pool.position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(cache.pool.device))[:, 0].cpu()
+        ids_n: Tensor = layout.once("filled", lambda: (counts_N > 0).nonzero()[:, 0])
+        return ids_n
+    position_NC = cache.pool.position_NC[: layout.capacity]
+    last_N = position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(position_NC.device))[:, 0].cpu()
     first_R = at_RQ.min(1).values.cpu() - window + 1
-    return ((counts_N > 0) & (last_N >= first_R[cache.pool.owner_N.clamp_min(0)])).nonzero()[:, 0]
+    return ((counts_N > 0) & (last_N >= first_R[layout.owner_N.clamp_min(0)])).nonzero()[:, 0]
 
 
 Part = slice | Tensor
@@ -169,16 +170,18 @@ def _of(tensor: Tensor, part: Part) -> Tensor:
 
 
 def _partial(
-    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, counts_N: Tensor, scoring: Scoring, window: int | None
+    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, scoring: Scoring, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks."""
     pool, device, wide = cache.pool, q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32)
-    owner_n = _of(pool.owner_N, part).clamp_min(0).to(device)
+    layout = cache.layout
+    owner_n = _of(layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device)), part)
+    counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
     k_nCE, v_nCE = (pool.codec.decode(tuple(_of(t, part) for t in kv)).to(device) for kv in (pool.k, pool.v))
     score_nCQ = (torch.bmm(k_nCE, q_RQE[owner_n].mT) * scoring.scale).to(wide)
     if scoring.softcap is not None:
         score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nCQ, at_RQ, owner_n, _of(pool.position_NC, part).to(device), _of(counts_N, part).to(device), window)
+    _hide(score_nCQ, at_RQ, owner_n, _of(pool.position_NC, part).to(device), counts_n, window)
     top_RQ = score_nCQ.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
     top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nCQ.amax(1), "amax")
     weight_nCQ = score_nCQ.sub_(top_RQ[owner_n][:, None]).exp_()

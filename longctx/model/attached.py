@@ -4,6 +4,7 @@ Legend: B batch, T local tokens, D model, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class AttachedCausalLM(nn.Module):
     def empty_state(self, batch: int, cache: CacheOptions | None = None) -> tuple[Any, ...]:
         """Caches of all layers, which take no gradients; they are made by their first tokens."""
         layers: int = self.hf.config.get_text_config(decoder=True).num_hidden_layers
-        return (Unfilled(cache or CacheOptions()),) * layers
+        return (Unfilled(replace(cache or CacheOptions(), starts={})),) * layers
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where rotary frequencies depend on the length."""
