@@ -178,15 +178,15 @@ def _partial(
     owner_n = _of(layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device)), part)
     counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
     k_nCE, v_nCE = (pool.codec.decode(tuple(_of(t, part) for t in kv)).to(device) for kv in (pool.k, pool.v))
-    score_nCQ = (torch.bmm(k_nCE, q_RQE[owner_n].mT) * scoring.scale).to(wide)
+    score_nQC = torch.bmm((q_RQE * scoring.scale)[owner_n], k_nCE.mT).to(wide)
     if scoring.softcap is not None:
-        score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nCQ, at_RQ, owner_n, _of(pool.position_NC, part).to(device), counts_n, window)
-    top_RQ = score_nCQ.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
-    top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nCQ.amax(1), "amax")
-    weight_nCQ = score_nCQ.sub_(top_RQ[owner_n][:, None]).exp_()
-    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
-    sum_nQE = torch.bmm(weight_nCQ.mT.to(v_nCE.dtype), v_nCE).to(wide)
+        score_nQC = (score_nQC / scoring.softcap).tanh_().mul_(scoring.softcap)
+    _hide(score_nQC, at_RQ, owner_n, _of(pool.position_NC, part).to(device), counts_n, window)
+    top_RQ = score_nQC.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
+    top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nQC.amax(2), "amax")
+    weight_nQC = score_nQC.sub_(top_RQ[owner_n][..., None]).exp_()
+    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nQC.sum(2))
+    sum_nQE = torch.bmm(weight_nQC.to(v_nCE.dtype), v_nCE).to(wide)
     out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide).index_add_(0, owner_n, sum_nQE)
     seen_RQ = total_RQ > 0
     out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
@@ -194,7 +194,7 @@ def _partial(
 
 
 def _hide(
-    score_nCQ: Tensor, at_RQ: Tensor, owner_n: Tensor, position_nC: Tensor, counts_n: Tensor, window: int | None
+    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, position_nC: Tensor, counts_n: Tensor, window: int | None
 ) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
     block = position_nC.shape[1]
@@ -205,9 +205,9 @@ def _hide(
     rows = partly.nonzero()[:, 0]
     if not len(rows):
         return
-    key_rC1, at_r1Q = position_nC[rows][..., None], at_RQ[owner_n[rows]][:, None]
-    hidden_rCQ = key_rC1 > at_r1Q
+    key_r1C, at_rQ1 = position_nC[rows][:, None], at_RQ[owner_n[rows]][..., None]
+    hidden_rQC = key_r1C > at_rQ1
     if window is not None:
-        hidden_rCQ |= key_rC1 <= at_r1Q - window
-    hidden_rCQ |= (torch.arange(block, device=at_RQ.device) >= counts_n[rows][:, None])[..., None]
-    score_nCQ[rows] = score_nCQ[rows].masked_fill_(hidden_rCQ, float("-inf"))
+        hidden_rQC |= key_r1C <= at_rQ1 - window
+    hidden_rQC |= (torch.arange(block, device=at_RQ.device) >= counts_n[rows][:, None])[:, None]
+    score_nQC[rows] = score_nQC[rows].masked_fill_(hidden_rQC, float("-inf"))
