@@ -76,7 +76,7 @@ def measured_decode(shape: Shape, name: str, group: Group) -> Callable[[], float
     ranks = group if method == "tree" else None
     cache = RaggedKV.empty(1, shape.kv_heads, shape.head_dim, k).append(k, v, torch.arange(size[1])[None])
     # Filled as if alone, so that every rank has as many; then told of the others.
-    cache = RaggedKV(cache.pool, CacheOptions(ranks=ranks), shape.kv_heads, cache.lengths_R, cache.seen)
+    cache = RaggedKV(cache.pool, CacheOptions(ranks=ranks), shape.kv_heads, cache.layout, cache.seen)
 
     def run() -> float:
         started = time.perf_counter()
@@ -101,10 +101,11 @@ def _ring(q: Tensor, kv: Tensor, group: Group, at: Tensor, scoring: Scoring) -> 
         k, v = kv.unbind(0)
         cache = RaggedKV.empty(1, k.shape[2], k.shape[3], k).append(k, v, torch.arange(k.shape[1])[None])
         part = attend(q, cache, at, scoring)
+        part_out, part_lse = (t.flatten(0, 1).contiguous() for t in part)
         if out is None or lse is None:
-            out, lse = part
+            out, lse = part_out, part_lse
         else:
-            merge_(out.flatten(0, 1), lse.flatten(0, 1), part[0].flatten(0, 1), part[1].flatten(0, 1))
+            merge_(out, lse, part_out, part_lse)
         for work in works:
             if work is not None:
                 work.wait()

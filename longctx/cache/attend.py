@@ -9,6 +9,7 @@ Legend: B batch, T new tokens, K kv heads, G query heads per kv head, H = K x G,
 lane, N blocks, C tokens per block, E head dim.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,7 @@ def cached_attention(
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
     out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window)
     if sink_H is not None:
+        out_BTHE, lse_BTH = out_BTHE.contiguous(), lse_BTH.contiguous()  # of which flattening is a view
         add_sink_(out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1), sink_H)
     return out_BTHE.to(q_BTHE.dtype)
 
@@ -131,77 +133,81 @@ def _block_by_block(
     q_RQE = q_BTHE.view(batch, tokens, cache.kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(lanes, -1, size)
     at_RQ = position_BT.repeat_interleave(cache.kv_heads, dim=0).repeat(1, group)
     wide = torch.promote_types(q_BTHE.dtype, torch.float32)
+    step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
     out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide)
     lse_RQ = out_RQE.new_full(q_RQE.shape[:2], float("-inf"))
-    blocks = _visible(cache, at_RQ, window)
-    step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
-    for part in torch.split(blocks, step):
-        merge_(out_RQE, lse_RQ, *_partial(q_RQE, at_RQ, cache, part, scoring, window, wide))
+    for part in _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step):
+        merge_(out_RQE, lse_RQ, *_partial(q_RQE, at_RQ, cache, part, scoring, window))
     out_BTHE = out_RQE.view(batch, cache.kv_heads, group, tokens, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out_BTHE, lse_RQ.view(batch, cache.kv_heads, group, tokens).permute(0, 3, 1, 2).flatten(2)
 
 
 def _visible(cache: RaggedKV, at_RQ: Tensor, window: int | None) -> Tensor:
     """Ids of the blocks that hold anything a query may see."""
-    counts_N = cache.pool.counts(cache.lengths_R)
+    layout, counts_N = cache.layout, cache.layout.counts()
     if window is None or not len(counts_N):
-        return (counts_N > 0).nonzero()[:, 0]
-    last_N = cache.pool.position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(cache.pool.device))[:, 0].cpu()
+        ids_n: Tensor = layout.once("filled", lambda: (counts_N > 0).nonzero()[:, 0])
+        return ids_n
+    position_NC = cache.pool.position_NC[: layout.capacity]
+    last_N = position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(position_NC.device))[:, 0].cpu()
     first_R = at_RQ.min(1).values.cpu() - window + 1
-    return ((counts_N > 0) & (last_N >= first_R[cache.pool.owner_N.clamp_min(0)])).nonzero()[:, 0]
+    return ((counts_N > 0) & (last_N >= first_R[layout.owner_N.clamp_min(0)])).nonzero()[:, 0]
+
+
+Part = slice | Tensor
+"""Some blocks: neighbours, which are read where they lie, or ids, whose blocks are copied."""
+
+
+def _parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
+    """The blocks in parts of ``step``; where few blocks are not wanted, these are read, too, and hidden."""
+    if 4 * len(ids_n) < 3 * blocks:
+        return torch.split(ids_n, step)
+    return [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]
+
+
+def _of(tensor: Tensor, part: Part) -> Tensor:
+    return tensor[part] if isinstance(part, slice) else tensor[part.to(tensor.device)]
 
 
 def _partial(
-    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, ids_n: Tensor, scoring: Scoring, window: int | None,
-    wide: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, scoring: Scoring, window: int | None
+) -> tuple[Tensor, Tensor]:
     """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks."""
-    pool, device = cache.pool, q_RQE.device
-    counts_n, owner_n = pool.counts(cache.lengths_R)[ids_n], pool.owner_N[ids_n].to(device)
-    k_nCE, v_nCE = (_rows(pool.codec.decode, stored, ids_n, pool.capacity, device) for stored in (pool.k, pool.v))
-    score_nCQ = (torch.bmm(k_nCE, q_RQE[owner_n].mT) * scoring.scale).to(wide)
+    pool, device, wide = cache.pool, q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32)
+    layout = cache.layout
+    owner_n = _of(layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device)), part)
+    counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
+    k_nCE, v_nCE = (pool.codec.decode(tuple(_of(t, part) for t in kv)).to(device) for kv in (pool.k, pool.v))
+    score_nQC = torch.bmm((q_RQE * scoring.scale)[owner_n], k_nCE.mT).to(wide)
     if scoring.softcap is not None:
-        score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nCQ, at_RQ, cache, ids_n, counts_n, window)
-    floor = torch.finfo(wide).min / 2
-    top_RQ = score_nCQ.new_full(q_RQE.shape[:2], floor)
-    index_nQ = owner_n[:, None].expand(-1, q_RQE.shape[1])
-    top_RQ.scatter_reduce_(0, index_nQ, score_nCQ.amax(1), "amax")
-    weight_nCQ = score_nCQ.sub_(top_RQ[owner_n][:, None]).exp_()
-    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
-    sum_nQE = torch.bmm(weight_nCQ.mT.to(v_nCE.dtype), v_nCE).to(wide)
+        score_nQC = (score_nQC / scoring.softcap).tanh_().mul_(scoring.softcap)
+    _hide(score_nQC, at_RQ, owner_n, _of(pool.position_NC, part).to(device), counts_n, window)
+    top_RQ = score_nQC.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
+    top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nQC.amax(2), "amax")
+    weight_nQC = score_nQC.sub_(top_RQ[owner_n][..., None]).exp_()
+    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nQC.sum(2))
+    sum_nQE = torch.bmm(weight_nQC.to(v_nCE.dtype), v_nCE).to(wide)
     out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide).index_add_(0, owner_n, sum_nQE)
     seen_RQ = total_RQ > 0
     out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
     return out_RQE, (total_RQ.log() + top_RQ).where(seen_RQ, float("-inf"))
 
 
-def _rows(decode, stored, ids_n: Tensor, capacity: int, device: torch.device) -> Tensor:  # type: ignore[no-untyped-def]
-    """Blocks in full, without a copy where all of the pool are wanted and nothing is compressed."""
-    whole = len(ids_n) == capacity
-    rows: Tensor = decode(tuple(t if whole else t[ids_n.to(t.device)] for t in stored))
-    return rows.to(device)
-
-
 def _hide(
-    score_nCQ: Tensor, at_RQ: Tensor, cache: RaggedKV, ids_n: Tensor, counts_n: Tensor, window: int | None
+    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, position_nC: Tensor, counts_n: Tensor, window: int | None
 ) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
-    pool = cache.pool
-    position_nC = pool.position_NC[ids_n.to(pool.device)]
-    owner_n = pool.owner_N[ids_n].to(at_RQ.device)
-    last_n = position_nC.gather(1, (counts_n - 1)[:, None].to(pool.device))[:, 0].to(at_RQ.device)
-    partly = (counts_n < pool.block).to(at_RQ.device) | (last_n > at_RQ.min(1).values[owner_n])
+    block = position_nC.shape[1]
+    last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
+    partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
     if window is not None:
-        partly |= position_nC[:, 0].to(at_RQ.device) <= at_RQ.max(1).values[owner_n] - window
+        partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
     rows = partly.nonzero()[:, 0]
     if not len(rows):
         return
-    key_rC1 = position_nC.to(at_RQ.device)[rows][..., None]
-    at_r1Q = at_RQ[owner_n[rows]][:, None]
-    hidden_rCQ = key_rC1 > at_r1Q
+    key_r1C, at_rQ1 = position_nC[rows][:, None], at_RQ[owner_n[rows]][..., None]
+    hidden_rQC = key_r1C > at_rQ1
     if window is not None:
-        hidden_rCQ |= key_rC1 <= at_r1Q - window
-    places_C = torch.arange(pool.block, device=at_RQ.device)
-    hidden_rCQ |= (places_C >= counts_n.to(at_RQ.device)[rows][:, None])[..., None]
-    score_nCQ[rows] = score_nCQ[rows].masked_fill_(hidden_rCQ, float("-inf"))
+        hidden_rQC |= key_r1C <= at_rQ1 - window
+    hidden_rQC |= (torch.arange(block, device=at_RQ.device) >= counts_n[rows][:, None])[:, None]
+    score_nQC[rows] = score_nQC[rows].masked_fill_(hidden_rQC, float("-inf"))

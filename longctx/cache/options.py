@@ -1,11 +1,12 @@
 """How a cache of keys and values is stored."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from longctx.cache.compress import Compression
+from longctx.cache.layout import BlockLayout
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -23,6 +24,7 @@ class CacheOptions:
             same tokens. None: this one alone.
         ledger: records what they exchange.
         compression: which tokens stay where not all may; None: all.
+        starts: layouts before the first token by number of lanes; layers that share them find places once for all.
 
     Raises:
         ConfigError: a block without tokens.
@@ -34,6 +36,7 @@ class CacheOptions:
     ranks: Group | None = None
     ledger: Ledger | None = None
     compression: Compression | None = None
+    starts: dict[int, BlockLayout] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -49,6 +52,10 @@ class CacheOptions:
         for name, value in found.items():
             if value is not None:
                 raise UnsupportedError(f"{name} of a cache have no effect: {why}; leave them out")
+
+    def start(self, lanes: int) -> BlockLayout:
+        """The layout before the first token."""
+        return self.starts.setdefault(lanes, BlockLayout.empty(lanes, self.block))
 
     def for_layer(self, layer: int, layers: int) -> "CacheOptions":
         """As the caches of one of ``layers`` layers need them.

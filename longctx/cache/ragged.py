@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from longctx.cache.codec import Codec
 from longctx.cache.compress import kept_tokens
+from longctx.cache.layout import BlockLayout
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
@@ -26,7 +27,7 @@ class RaggedKV:
     """Rotated keys and values by lane, lanes ordered by row and then kv head.
 
     Args:
-        lengths_R: tokens of every lane on this rank, evicted ones not counted; int64 on the host.
+        layout: of the tokens of every lane on this rank, evicted ones not counted.
         seen: tokens of every row so far on all ranks, evicted ones counted.
         window: positions that a query sees; older tokens are evicted. None: all.
         settled: tokens that had been seen when some were evicted last.
@@ -34,15 +35,15 @@ class RaggedKV:
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "lengths_R", "options", "pool", "queries_BHWE", "seen", "settled", "window",
+        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "seen", "settled", "window",
     )  # fmt: skip
 
     def __init__(
-        self, pool: Pool, options: CacheOptions, kv_heads: int, lengths_R: Tensor, seen: int = 0,
+        self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
-        self.lengths_R, self.seen, self.settled, self.queries_BHWE = lengths_R, seen, settled, queries_BHWE
+        self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
         pool.users.add(self)
 
     @classmethod
@@ -57,8 +58,8 @@ class RaggedKV:
     ) -> "RaggedKV":
         """No token yet; dtype and device of ``like``."""
         options = options or CacheOptions()
-        pool = Pool(batch * kv_heads, options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
-        return cls(pool, options, kv_heads, torch.zeros(batch * kv_heads, dtype=torch.int64), window=window)
+        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
+        return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window)
 
     @property
     def batch(self) -> int:
@@ -68,7 +69,12 @@ class RaggedKV:
     @property
     def blocks(self) -> int:
         """Blocks in use: the sum over lanes of ceil(length / block)."""
-        return int((-(-self.lengths_R // self.pool.block)).sum())
+        return self.layout.used
+
+    @property
+    def lengths_R(self) -> Tensor:
+        """Tokens of every lane on this rank; int64 on the host."""
+        return self.layout.lengths_R
 
     @torch.no_grad()
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor, position_BT: Tensor, counts_B: Tensor | None = None) -> "RaggedKV":
@@ -89,9 +95,9 @@ class RaggedKV:
         if counts_B is not None:
             taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
         taken_RT = taken_BT.repeat_interleave(heads, dim=0)
-        pool = self._own_pool()
-        pool.write(self.lengths_R, taken_RT, k_RTE, v_RTE, position_RT)
-        return self._with(pool, self.lengths_R + taken_RT.sum(1), seen=self.seen + tokens)
+        pool, (layout, places) = self._own_pool(), self.layout.append(taken_RT)
+        pool.write(places, layout.capacity, k_RTE, v_RTE, position_RT)
+        return self._with(pool, layout, seen=self.seen + tokens)
 
     def truncated(self, before: int) -> "RaggedKV":
         """Without the tokens from position ``before`` on: the roll-back of a speculation.
@@ -104,54 +110,49 @@ class RaggedKV:
                 f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
                 "go on from the cache of that time"
             )
-        held_NC = torch.arange(self.pool.block) < self.pool.counts(self.lengths_R)[:, None]
-        stays_NC = held_NC & (self.pool.position_NC.cpu() < before)
-        owned = self.pool.owner_N >= 0
-        lengths = torch.zeros_like(self.lengths_R)
-        lengths.index_add_(0, self.pool.owner_N[owned], stays_NC.sum(1)[owned])
-        return self._with(self.pool, lengths, seen=min(before, self.seen))
+        layout = self.layout
+        held_NC = torch.arange(layout.block) < layout.counts()[:, None]
+        stays_NC = held_NC & (self.pool.position_NC[: layout.capacity].cpu() < before)
+        lengths_R = torch.zeros_like(self.lengths_R)
+        lengths_R.index_add_(0, layout.owner_N.clamp_min(0), stays_NC.sum(1))
+        return self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen))
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
-        kept_NC = torch.zeros(self.pool.capacity, self.pool.block, dtype=torch.bool)
+        kept_NC = torch.zeros(self.layout.capacity, self.layout.block, dtype=torch.bool)
         for lane, mask in enumerate(kept_R):
-            places = torch.zeros(-(-len(mask) // self.pool.block) * self.pool.block, dtype=torch.bool)
+            ids = self.layout.blocks_of(lane)
+            places = torch.zeros(len(ids) * self.layout.block, dtype=torch.bool)
             places[: len(mask)] = mask
-            kept_NC[self._blocks_of(lane)] = places.view(-1, self.pool.block)
-        pool, lengths = self.pool.compacted(kept_NC)
-        return self._with(pool, lengths)
+            kept_NC[ids] = places.view(-1, self.layout.block)
+        return self._with(*self.pool.compacted(self.layout, kept_NC))
 
     def parts(self) -> tuple[Any, ...]:
         """Numbers and tensors that :meth:`from_parts` makes the same cache of."""
-        pool, options = self.pool.copy(self.lengths_R), self.options
+        layout, options = self.layout, self.options
+        pool = self.pool.copy(layout.capacity)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
-        tensors = (pool.k, pool.v, pool.position_NC, pool.owner_N, pool.ordinal_N, pool.last_R, pool.none_E)
-        return *numbers, self.lengths_R, self.queries_BHWE, *tensors
+        places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
+        return *numbers, places, self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
         """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say."""
-        block, bits, group, kv_heads, seen, window, settled, lengths_R, queries_BHWE, *tensors = parts
+        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, k, v, position_NC, none_E = parts
         options = replace(options, block=block, bits=bits, group=group)
-        pool = Pool(len(lengths_R), block, Codec(bits, group), tensors[-1])
-        pool.k, pool.v, pool.position_NC = tensors[0], tensors[1], tensors[2]
-        pool.owner_N, pool.ordinal_N, pool.last_R = (t.cpu() for t in tensors[3:6])
-        return cls(pool, options, kv_heads, lengths_R.cpu(), seen, window, settled, queries_BHWE)
+        pool = Pool(block, Codec(bits, group), none_E)
+        pool.k, pool.v, pool.position_NC = k, v, position_NC
+        layout = BlockLayout(block, *(t.cpu() for t in places))
+        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
-        ids, length = self._blocks_of(lane).to(self.pool.device), int(self.lengths_R[lane])
+        ids, length = self.layout.blocks_of(lane).to(self.pool.device), int(self.lengths_R[lane])
         k, v = (
             self.pool.codec.decode(tuple(t[ids] for t in stored)).flatten(0, 1)[:length]
             for stored in (self.pool.k, self.pool.v)
         )
         return k, v, self.pool.position_NC[ids].flatten()[:length].long()
-
-    def _blocks_of(self, lane: int) -> Tensor:
-        """Ids of the blocks of a lane, in order."""
-        ids = (self.pool.owner_N == lane).nonzero()[:, 0]
-        ids = ids[self.pool.ordinal_N[ids] * self.pool.block < self.lengths_R[lane]]
-        return ids[self.pool.ordinal_N[ids].argsort()]
 
     def attended(self, q_BTHE: Tensor | None) -> "RaggedKV":
         """What stays after the new tokens' queries have seen what the cache holds.
@@ -174,7 +175,7 @@ class RaggedKV:
                 )
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
             queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
-        cache = self._with(self.pool, self.lengths_R, queries_BHWE=queries_BHWE)
+        cache = self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)
         return cache.compressed() if self.seen - self.settled >= compression.policy.every else cache
 
     def compressed(self) -> "RaggedKV":
@@ -188,7 +189,7 @@ class RaggedKV:
         if masks is None:
             return self
         cache = self.kept(masks)
-        return cache._with(cache.pool, cache.lengths_R, settled=self.seen, queries_BHWE=self.queries_BHWE)
+        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE)
 
     def _within_window(self) -> "RaggedKV":
         """Without the tokens that no later query sees, once they are a quarter of the window."""
@@ -196,14 +197,14 @@ class RaggedKV:
             return self
         oldest = self.seen - self.window + 1
         cache = self.kept([self.lane(lane)[2].cpu() >= oldest for lane in range(len(self.lengths_R))])
-        return cache._with(cache.pool, cache.lengths_R, settled=self.seen)
+        return cache._with(cache.pool, cache.layout, settled=self.seen)
 
     def _with(
-        self, pool: Pool, lengths_R: Tensor, *, seen: int | None = None, settled: int | None = None,
+        self, pool: Pool, layout: BlockLayout, *, seen: int | None = None, settled: int | None = None,
         queries_BHWE: Tensor | None = None,
     ) -> "RaggedKV":  # fmt: skip
         return RaggedKV(
-            pool, self.options, self.kv_heads, lengths_R, self.seen if seen is None else seen, self.window,
+            pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE,
         )  # fmt: skip
@@ -213,7 +214,7 @@ class RaggedKV:
         others = (user for user in self.pool.users if user is not self)
         if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others if isinstance(user, RaggedKV)):
             return self.pool
-        return self.pool.copy(self.lengths_R)
+        return self.pool.copy(self.layout.capacity)
 
 
 def all_compressed(state: Any) -> Any:

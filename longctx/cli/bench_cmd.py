@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--length", metavar="S", default="128k", help="keys of all ranks (default 128k)")
     decode.add_argument("--rounds", metavar="N", default="5", help="rounds, both in each (default 5)")
     decode.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    generation = subparsers.add_parser("generation", help="tokens per second of decoding, ours and transformers'")
+    generation.add_argument("--lengths", metavar="S,...", default="4k,32k,128k", help="(default 4k,32k,128k)")
+    generation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
+    generation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -73,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         return _handoff(args)
     if args.what == "decode":
         return _decode(args)
+    if args.what == "generation":
+        return _generation(args)
     if args.what == "recall":
         return _recall(args)
     if args.what == "training":
@@ -196,6 +202,19 @@ def _decode(args: argparse.Namespace) -> int:
     found += compute(Shape(2**20, 32, 8, 128), [2**power for power in range(4, 11)])
     print("\n".join(table(found)))
     _write(args.json, [{**asdict(row), "ratio": row.ratio} for row in found])
+    return 0
+
+
+def _generation(args: argparse.Namespace) -> int:
+    from longctx.bench.generation import generation, table
+    from longctx.cli.options import whole_number
+
+    lengths = [whole_number("--lengths", part) for part in args.lengths.split(",")]
+    rounds = whole_number("--rounds", args.rounds)
+    _check_file(args.json)
+    found = generation(lengths, rounds, advance_to=_progress)
+    print("\n".join(table(found)))
+    _write(args.json, [asdict(row) for row in found])
     return 0
 
 

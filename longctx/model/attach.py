@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import UnsupportedError
-from longctx.model.attach_attention import NAME, register
+from longctx.model.attach_attention import register
+from longctx.model.attach_cache import NAME, caches_of, next_context
 from longctx.model.attach_probe import probe
 from longctx.model.attach_rotary import hook_rotary, length_of, mark_positions
 from longctx.model.recompute import recomputed
@@ -112,14 +113,18 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
 
 def _prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before each forward with a context: fill in what follows from it and refuse what contradicts it."""
-    context = kwargs.get("longctx")
-    if context is None:
+    context, caches = kwargs.get("longctx"), caches_of(kwargs.get("past_key_values"))
+    if context is None and caches is None:
         return None
-    if not isinstance(context, SequenceContext):
+    if context is not None and not isinstance(context, SequenceContext):
         raise UnsupportedError(f"longctx={type(context).__name__}: give the model a SequenceContext")
     tokens = args[0] if args else next((kwargs[name] for name in _FIRST_INPUT if kwargs.get(name) is not None), None)
     if not isinstance(tokens, Tensor):
         raise UnsupportedError("a call with a context needs input_ids or inputs_embeds")
+    if caches is not None:  # transformers' generate, which knows no context; positions follow from it
+        context = context or next_context(caches, tokens)
+        kwargs = {**kwargs, "past_key_values": None, "longctx_caches": caches, "use_cache": False, "position_ids": None}
+    assert context is not None
     _refuse_inputs(type(module).__name__, kwargs, context, tokens)
     positions_BT = kwargs.get("position_ids")
     if positions_BT is None:
@@ -128,7 +133,8 @@ def _prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         positions_BT = mark_positions(positions_BT, context.length)
     # A mask of ones keeps transformers from reading documents out of positions that jump; one number is stored.
     nothing_masked = torch.ones((1, 1), dtype=torch.bool, device=tokens.device).expand(tokens.shape[:2])
-    return args, {**kwargs, "position_ids": positions_BT, "attention_mask": nothing_masked, "use_cache": False}
+    ours = {"longctx": context, "position_ids": positions_BT, "attention_mask": nothing_masked, "use_cache": False}
+    return args, {**kwargs, **ours}
 
 
 def _refuse_inputs(who: str, kwargs: Mapping[str, Any], context: SequenceContext, tokens: Tensor) -> None:

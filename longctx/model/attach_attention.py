@@ -16,10 +16,8 @@ from torch.nn.functional import pad
 
 from longctx.attention import attention
 from longctx.errors import UnsupportedError
+from longctx.model.attach_cache import NAME, LayerCaches
 from longctx.sequence.context import SequenceContext
-
-NAME = "longctx"
-"""Name of our functions in transformers' AttentionInterface and AttentionMaskInterface."""
 
 _BESIDE_THE_POINT = {"position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "layer_idx"}
 """Keywords that models hand down to every attention function and that change nothing about it under a context."""
@@ -53,13 +51,14 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     s_aux: Tensor | None = None, softcap: float | None = None, is_causal: bool | None = None,
-    longctx: SequenceContext | None = None, **others: Any,
+    longctx: SequenceContext | None = None, longctx_caches: LayerCaches | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention function on top of :func:`longctx.attention.attention`.
 
     Args:
         query: [B, H, T, E]; key: [B, K, T, E]; value: [B, K, T, any size].
         longctx: the context, a keyword of the model's forward.
+        longctx_caches: another one, to decode with: keys and values are appended to these.
 
     Returns:
         [B, T, H, value size], and None for the attention weights.
@@ -92,10 +91,19 @@ def attend(
     _refuse_others(where, others)
     longest = max(query.shape[-1], value.shape[-1])
     q_BTHE, k_BTKE, v_BTKE = (pad(t, (0, longest - t.shape[-1])).transpose(1, 2) for t in (query, key, value))
-    out_BTHE = attention(
-        q_BTHE, k_BTKE, v_BTKE, longctx, window=attention_mask.window, sink_H=s_aux,
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap=softcap, dropout=dropout,
-    )  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if longctx_caches is not None:
+        if dropout:
+            raise UnsupportedError(f"{where} drops attention (dropout = {dropout}) while it decodes; use model.eval()")
+        out_BTHE = longctx_caches.attend(
+            module, q_BTHE, k_BTKE, v_BTKE, longctx, window=attention_mask.window, sink_H=s_aux, scale=scale,
+            softcap=softcap,
+        )  # fmt: skip
+    else:
+        out_BTHE = attention(
+            q_BTHE, k_BTKE, v_BTKE, longctx, window=attention_mask.window, sink_H=s_aux, scale=scale, softcap=softcap,
+            dropout=dropout,
+        )  # fmt: skip
     return out_BTHE[..., : value.shape[-1]], None
 
 

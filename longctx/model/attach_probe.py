@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import LongctxError, UnsupportedError, first_line
-from longctx.model.attach_attention import NAME, MissingContextError, PlannedMask
+from longctx.model.attach_attention import MissingContextError, PlannedMask
+from longctx.model.attach_cache import NAME
 from longctx.model.attach_rotary import length_dependent, length_of
 from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext

@@ -3,7 +3,8 @@
 Legend: B batch, T local tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from longctx.model.attach import attach
+from longctx.model.attach_cache import LayerCaches, Unfilled
+from longctx.model.attach_rotary import length_dependent
 from longctx.model.decoder import Hidden, Output
 from longctx.model.head import OutputHead, Shaping
 from longctx.sequence.context import SequenceContext
@@ -46,13 +49,15 @@ class AttachedCausalLM(nn.Module):
 
     def forward(
         self, tokens_BT: Tensor, context: SequenceContext, labels_BT: Tensor | None = None,
-        state: Sequence[Any] | None = None, loss_chunk: int = 1024, last_only: bool = False,
+        state: tuple[Any, ...] | None = None, loss_chunk: int = 1024, last_only: bool = False,
     ) -> Output:  # fmt: skip
-        """As :meth:`longctx.model.decoder.CausalLM.forward`; the state is empty, so decoding runs all tokens again."""
-        hidden_BTD = self.hf.base_model(tokens_BT, longctx=context).last_hidden_state
+        """As :meth:`longctx.model.decoder.CausalLM.forward`; see :meth:`empty_state` for states."""
+        caches = LayerCaches(state) if state else None
+        past = {} if caches is None else {"longctx_caches": caches}
+        hidden_BTD = self.hf.base_model(tokens_BT, longctx=context, **past).last_hidden_state
         hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
-        return Output(loss_sum, hidden_BTD, None if state is None else ())
+        return Output(loss_sum, hidden_BTD, state if caches is None else tuple(caches.states))
 
     def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
         """Embeddings [B, T, D]."""
@@ -80,18 +85,13 @@ class AttachedCausalLM(nn.Module):
         return logits_BTV
 
     def empty_state(self, batch: int, cache: CacheOptions | None = None) -> tuple[Any, ...]:
-        """No state is kept between tokens.
-
-        Raises:
-            UnsupportedError: the cache is asked to round what it does not keep.
-        """
-        if cache is not None:
-            cache.check_plain("transformers' class keeps no state between our steps")
-        return ()
+        """Caches of all layers, which take no gradients; they are made by their first tokens."""
+        layers: int = self.hf.config.get_text_config(decoder=True).num_hidden_layers
+        return (Unfilled(replace(cache or CacheOptions(), starts={})),) * layers
 
     def state_survives(self, past: int, length: int) -> bool:
-        """Never: see :meth:`empty_state`."""
-        return False
+        """False where rotary frequencies depend on the length."""
+        return past == 0 or not any(length_dependent(module) for module in self.hf.modules())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Shapes: B batch, T local tokens, D model, F feed-forward, V vocabulary.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -185,6 +186,7 @@ class CausalLM(nn.Module):
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
             return tuple(mixer.empty_state(batch, like) for mixer in mixers)
+        cache = replace(cache, starts={})  # of this batch: its layers share what they start from
         caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
         states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
         if not any(isinstance(state, RaggedKV) for state in states):

@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 
 from longctx.bench.decode import Links, compute
+from longctx.bench.generation import _exported, _random_kv, model_config
 from longctx.bench.problem import Shape
+from longctx.cache.options import CacheOptions
 from longctx.cli.main import main
+from longctx.generate.decode import Decoded, advance
+from longctx.model.decoder import CausalLM
+from longctx.sequence.context import SequenceContext
 
 LLAMA = Shape(2**20, 32, 8, 128)
 
@@ -38,6 +45,37 @@ def test_both_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(row["tree_seconds"] > 0 and row["ring_seconds"] > 0 for row in rows)
     assert rows[0]["ring_bytes"] == 3072 / 2 * 2 * 8 * 128 * 4
     assert "| 1024 | computed |" in capsys.readouterr().out
+
+
+@pytest.mark.tier2
+def test_generation_is_measured_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    assert main(["bench", "generation", "--lengths", "100,200", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["length"] for row in rows] == [100, 200]
+    assert all(min(row["transformers"], row["ours"], row["compressed"]) > 0 for row in rows)
+    assert f"| 200 | {rows[1]['transformers']:.1f} | {rows[1]['ours']:.1f} |" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_both_decode_the_same_tokens() -> None:
+    """What is timed is one computation: the hidden states after a step of each from the same cache agree."""
+    from transformers import DynamicCache
+
+    config = model_config(64)
+    model = CausalLM(config, seed=0).eval()
+    with TemporaryDirectory() as folder:
+        theirs = _exported(model, config, Path(folder))
+    kv, cache = _random_kv(config, 64), DynamicCache()
+    for layer, (k, v) in enumerate(kv):
+        cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    token = torch.full((1, 1), 7)
+    wanted = theirs(token, past_key_values=cache, position_ids=torch.tensor([[64]])).logits[0, -1]
+    empty, positions = model.empty_state(1, CacheOptions()), torch.arange(64)[None]
+    state = tuple(c.append(k, v, positions) for c, (k, v) in zip(empty, kv, strict=True))
+    done = Decoded(torch.zeros(1, 64, dtype=torch.int64), SequenceContext.single(1, 64), state)
+    found = model.logits(advance(model, token, done)[0])[0, -1]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

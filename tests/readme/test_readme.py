@@ -91,6 +91,28 @@ def test_the_attached_model_trains_sequence_parallel(pool: Pool, tmp_path: Path)
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_a_compressed_cache_continues_a_text(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=2, eos_token_id=None))
+    model.save_pretrained(tmp_path)
+    (source,) = blocks("python", "Decode")
+    module: dict[str, Any] = {"__name__": "readme"}
+    exec(source, module)  # noqa: S102  (the README is ours)
+    ids = torch.arange(90)[None] * 7 % 29 + 2
+    found = module["continued"](str(tmp_path), ids)
+    assert torch.equal(
+        found, model.eval().generate(ids, max_new_tokens=8, do_sample=False)
+    )  # below 512 tokens all stay
+
+
+def test_commands_that_decode_are_understood() -> None:
+    parser = _build_parser({name: _load(name) for name in COMMANDS})
+    for command in commands("Decode"):
+        parser.parse_args(command.split("longctx ")[1].split())
+
+
 def test_the_two_commands_exist() -> None:
     for command in commands("Two commands"):
         script = ROOT / shlex.split(command)[1]

@@ -1,0 +1,163 @@
+"""Keys and values of an attached model in our caches.
+
+Without a cache of its own, a model of transformers computes the keys of the tokens it is given and hands them to its
+attention function. Ours is told by a keyword which caches to append them to, and attends to all that these hold.
+
+Legend: B batch, T new tokens, H query heads, K kv heads, E head dim.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from longctx.cache.attend import cached_attention
+from longctx.cache.compress import Compression, Policy
+from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import RaggedKV
+from longctx.cache.scorers import Scorer
+from longctx.errors import UnsupportedError
+from longctx.model.attach_rotary import length_dependent
+from longctx.sequence.context import SequenceContext
+
+NAME = "longctx"
+"""Name of our functions in transformers' AttentionInterface and AttentionMaskInterface."""
+
+
+class Unfilled(NamedTuple):
+    """The cache of a layer before its first token, which brings heads, sizes and dtype."""
+
+    options: CacheOptions
+
+
+class LayerCaches:
+    """Caches of all layers during one forward.
+
+    Args:
+        states: of the layers; replaced one by one as they attend. ``seen`` counts tokens for transformers' generate.
+    """
+
+    def __init__(self, states: Sequence[RaggedKV | Unfilled]) -> None:
+        self.states = list(states)
+        self.seen = 0
+
+    def attend(
+        self, module: nn.Module, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, context: SequenceContext, *,
+        window: int | None, sink_H: Tensor | None, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention [B, T, H, E] of new tokens over all that the layer of ``module`` holds, theirs included.
+
+        Raises:
+            UnsupportedError: the module does not know its layer.
+        """
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or not 0 <= layer < len(self.states):
+            raise UnsupportedError(
+                f"{type(module).__name__} does not say which layer it is of (layer_idx = {layer}), so its keys cannot "
+                "be cached; export the model to a family that longctx computes itself"
+            )
+        state = self.states[layer]
+        if isinstance(state, Unfilled):
+            batch, _, kv_heads, size = k_BTKE.shape
+            options = state.options.for_layer(layer, len(self.states))
+            state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window)
+        state = state.append(k_BTKE, v_BTKE, context.positions(k_BTKE.device))
+        out_BTHE = cached_attention(q_BTHE, state, context, window=window, sink_H=sink_H, scale=scale, softcap=softcap)
+        self.states[layer] = state.attended(q_BTHE)
+        return out_BTHE
+
+
+def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
+    """A cache for one batch of ``model.generate(..., past_key_values=cache)`` of an attached model of transformers.
+
+    It carries the context, which generate does not know. Prompts of a batch have equal lengths; beams and assistants,
+    which reorder or cut a cache, are refused.
+
+    Raises:
+        UnsupportedError: the model is not attached, or its rotary frequencies depend on the length.
+    """
+    config: Any = model.config
+    if config._attn_implementation != NAME:
+        raise UnsupportedError(f"{type(model).__name__} is not attached; call longctx.attach(model) first")
+    if any(length_dependent(module) for module in model.modules()):
+        raise UnsupportedError(
+            f"{type(model).__name__} rotates keys by the length of the sequence, so that cached ones go stale; use "
+            "longctx generate, which runs all tokens again"
+        )
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return _cache_type()(LayerCaches([Unfilled(options or CacheOptions())] * layers))
+
+
+@contextmanager
+def compress(model: nn.Module, scorer: Scorer, policy: Policy) -> Iterator[None]:
+    """Within the block ``model.generate(...)`` caches in blocks and lets stay what the policy says.
+
+    Compressed it is as often as the policy's ``every`` says, a prompt of at least so many tokens when it is over.
+    """
+    options = CacheOptions(compression=Compression(scorer, policy))
+    cache_for(model, options)  # refuses what cannot work now
+
+    def prepare(*args: Any, **kwargs: Any) -> bool:
+        found = bool(original(*args, **kwargs))
+        model_kwargs = kwargs["model_kwargs"] if "model_kwargs" in kwargs else args[1]
+        model_kwargs["past_key_values"] = cache_for(model, options)
+        return found
+
+    original: Any = model._prepare_cache_for_generation
+    model._prepare_cache_for_generation = prepare  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._prepare_cache_for_generation
+
+
+def caches_of(past: Any) -> "LayerCaches | None":
+    """Those behind what :func:`cache_for` made; None for anything else."""
+    found = getattr(past, "longctx", None)
+    return found if isinstance(found, LayerCaches) else None
+
+
+def next_context(caches: "LayerCaches", tokens: Tensor) -> SequenceContext:
+    """The context of tokens [B, T, ...] that follow what the caches have seen."""
+    context = SequenceContext.single(tokens.shape[0], caches.seen).extend(tokens.shape[1])
+    caches.seen += tokens.shape[1]
+    return context
+
+
+@functools.cache
+def _cache_type() -> Any:
+    """A class of transformers' caches; made late, since importing transformers takes seconds."""
+    from transformers import Cache
+
+    class ContextCache(Cache):
+        """Keeps nothing itself; masks are told of the new tokens alone."""
+
+        def __init__(self, caches: LayerCaches) -> None:
+            super().__init__(layers=[])
+            self.longctx = caches
+
+        def __len__(self) -> int:
+            return len(self.longctx.states)
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.longctx.seen
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return query_length, 0
+
+        def get_query_offset(self, layer_idx: int = 0) -> int:
+            return 0
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def method(*_: Any, **__: Any) -> Any:
+            raise UnsupportedError(
+                f"longctx's cache does not take {name}, as beams and assistants need it; use neither"
+            )
+
+        return method
+
+    for name in ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset", "update"):
+        setattr(ContextCache, name, refuse(name))
+    return ContextCache
