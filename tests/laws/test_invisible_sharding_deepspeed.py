@@ -34,7 +34,7 @@ def test_twenty_steps_agree(pool: Pool, wanted, stage: int, world: int, degree: 
 
 
 @pytest.mark.tier2
-@pytest.mark.parametrize("scheme, stage", zip(SCHEMES * 2, (3, 3, 3, 3, 0, 1, 2, 1), strict=True))
+@pytest.mark.parametrize("scheme, stage", list(zip(SCHEMES * 2, (3, 3, 3, 3, 0, 1, 2, 1), strict=True)))
 def test_twenty_steps_of_every_scheme_agree(pool: Pool, wanted, scheme: str, stage: int) -> None:  # type: ignore[no-untyped-def]
     case = replace(CASE, degree=4, inner=2, scheme=scheme, engine=deepspeed(stage), recompute=stage == 3)
     found = pool.run(train, 4, case, limit_s=120)[0]
