@@ -44,6 +44,10 @@ class RecurrentMemory(SegmentedDecoder):
             return ()
         return MemoryState(self._first(batch), None)
 
+    def state_survives(self, past: int, length: int) -> bool:
+        """Not around an attached decoder: see :meth:`empty_state`."""
+        return not isinstance(self.decoder, AttachedCausalLM) and super().state_survives(past, length)
+
     @staticmethod
     def rows_beside(recurrence: Recurrence) -> int:
         """Memory tokens before and behind."""

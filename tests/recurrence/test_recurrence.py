@@ -15,6 +15,7 @@ from tiny_families import tiny_model
 from torch import Tensor
 
 from longctx.config.schema import Model
+from longctx.generate.decode import advance
 from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM
 from longctx.recurrence import KINDS as RECURRENCES
@@ -206,6 +207,18 @@ def test_decoding_equals_the_forward(kind: str, seed: int) -> None:
                 state = output.state
                 outputs.append(output.hidden_BTD)
             torch.testing.assert_close(torch.cat(outputs, dim=1), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_attached_decoder_behind_memory_decodes_all_tokens_again(seed: int) -> None:
+    """Bug: once attached models kept caches, a step behind memory tokens saw its own token alone. Fix: RMT says that no
+    state survives. Strategy: single steps against the forward."""
+    case = Case("rmt", attached=True, documents=((0,), (0,)), segment=10, seed=seed)
+    model, tokens, done = case.model(), case.tokens(), None
+    with torch.no_grad():
+        wanted = model(tokens, case.context(alone().sequence)).hidden_BTD
+        for part in tokens[:, :14].split([11, 1, 1, 1], dim=1):
+            hidden, done = advance(model, part, done)
+    torch.testing.assert_close(hidden[:, -1], wanted[:, 13], rtol=1e-10, atol=1e-10)
 
 
 def test_the_only_further_traffic_is_the_memory(pool: Pool, seed: int) -> None:
