@@ -23,6 +23,7 @@ from longctx.bench.crew import Crew
 from longctx.bench.problem import Shape
 from longctx.cache.attend import attend
 from longctx.cache.options import CacheOptions
+from longctx.cache.pool import Pool
 from longctx.cache.ragged import RaggedKV
 from longctx.runtime.mesh import Group, folded
 from longctx.sequence.collectives.reduce import reduced_bytes
@@ -84,23 +85,27 @@ def measured_decode(shape: Shape, name: str, group: Group) -> Callable[[], float
             if method == "tree":
                 attend(q, cache, at, scoring)
             else:
-                _ring(q, torch.stack((k, v)), group, at, scoring)
+                _ring(q, cache, group, at, scoring)
         return time.perf_counter() - started
 
     return run
 
 
-def _ring(q: Tensor, kv: Tensor, group: Group, at: Tensor, scoring: Scoring) -> None:
-    """The keys of all ranks, one after the other; the next ones come while these are worked on."""
+def _ring(q: Tensor, own: RaggedKV, group: Group, at: Tensor, scoring: Scoring) -> None:
+    """The keys of all ranks, one after the other; the next ones come while these are worked on.
+
+    Blocks travel as they lie, so that a rank has nothing to do but to attend.
+    """
     out = lse = None
+    kv = torch.stack((own.pool.k[0], own.pool.v[0]))
     for step in range(group.size):
         coming, works = torch.empty_like(kv), []
         if step + 1 < group.size:
             right, left = (group.ranks[(group.rank + side) % group.size] for side in (1, -1))
             works = [dist.isend(kv, right, group=group.handle), dist.irecv(coming, left, group=group.handle)]
-        k, v = kv.unbind(0)
-        cache = RaggedKV.empty(1, k.shape[2], k.shape[3], k).append(k, v, torch.arange(k.shape[1])[None])
-        part = attend(q, cache, at, scoring)
+        there = Pool(own.pool.block, own.pool.codec, own.pool.none_E)
+        there.k, there.v, there.position_NC = (kv[0],), (kv[1],), own.pool.position_NC
+        part = attend(q, RaggedKV(there, own.options, own.kv_heads, own.layout, own.seen), at, scoring)
         part_out, part_lse = (t.flatten(0, 1).contiguous() for t in part)
         if out is None or lse is None:
             out, lse = part_out, part_lse

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from longctx.config.check import load_checked
 from longctx.config.mixers import MIXER_NAMES
-from longctx.config.schema import Model
+from longctx.config.schema import Config, Model
 from longctx.config.schema import Sequence as SequenceSection
 from longctx.mixers import MIXERS
 from longctx.mixers.base import StateSize
@@ -87,10 +87,11 @@ def train_all(
     found = []
     with TemporaryDirectory() as folder:
         runs = {name: _overrides(name, overrides, Path(folder) / name) for name in names}
-        checked = [load_checked(config, changed, 1) for changed in runs.values()]  # all faults before hours of training
-        with joined_world(checked[0].runtime, SequenceSection(length=1, degree=1), launch) as mesh:
-            for name, changed in runs.items():
-                found.append(_train(name, config, changed, mesh, partial(_told, advance, name)))
+        # All faults before hours of training.
+        checked = {name: load_checked(config, changed, 1) for name, changed in runs.items()}
+        with joined_world(checked[names[0]].runtime, SequenceSection(length=1, degree=1), launch) as mesh:
+            for name, own in checked.items():
+                found.append(_train(name, own, mesh, partial(_told, advance, name)))
                 done(found[-1])
     return found
 
@@ -104,9 +105,9 @@ def _overrides(name: str, overrides: Sequence[str], run: Path) -> list[str]:
     return [*alone, "model.num_kv_heads=null", *VARIANTS[name], *overrides]
 
 
-def _train(name: str, path: Path, overrides: Sequence[str], mesh: Mesh, advance: Callable[[str], None]) -> Trained:
-    steps = load_checked(path, overrides, 1).train.steps
-    config = load_checked(path, [*overrides, f"train.eval_every={steps}"], 1)
+def _train(name: str, config: Config, mesh: Mesh, advance: Callable[[str], None]) -> Trained:
+    at_the_end = config.train.model_copy(update={"eval_every": config.train.steps})
+    config = config.model_copy(update={"train": at_the_end})
     trainer, watch = build_trainer(config, mesh), _Watch(advance)
     trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Validation)] + [watch]
     trainer.run()

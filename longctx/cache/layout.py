@@ -142,15 +142,3 @@ class BlockLayout:
         is_last = self.ordinal_N[held] == (-(-lengths_R // self.block) - 1)[owner_N[held]]
         last_R[owner_N[held[is_last]]] = held[is_last]
         return BlockLayout(self.block, lengths_R, owner_N, self.ordinal_N, last_R)
-
-    def compact(self, lengths_R: Tensor) -> "BlockLayout":
-        """Exactly the blocks that so many tokens need, lane after lane."""
-        return self._shared(("compact", lengths_R.numpy().tobytes()), lambda: self._compact(lengths_R))
-
-    def _compact(self, lengths_R: Tensor) -> "BlockLayout":
-        blocks_R = -(-lengths_R // self.block)
-        starts_R = blocks_R.cumsum(0) - blocks_R
-        owner_N = torch.repeat_interleave(torch.arange(self.lanes), blocks_R)
-        ordinal_N = torch.arange(len(owner_N)) - starts_R[owner_N]
-        last_R = torch.where(blocks_R > 0, starts_R + blocks_R - 1, -1)
-        return BlockLayout(self.block, lengths_R, owner_N, ordinal_N, last_R)

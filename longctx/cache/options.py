@@ -73,7 +73,7 @@ class CacheOptions:
         return replace(self, compression=replace(self.compression, layer=layer))
 
     def owned(self, position: Tensor) -> Tensor:
-        """Which positions this rank keeps."""
+        """Which positions this rank keeps, on the host; one rank alone waits for no device to tell them."""
         if self.ranks is None or self.ranks.size == 1:
-            return torch.ones_like(position, dtype=torch.bool)
-        return position // self.block % self.ranks.size == self.ranks.rank
+            return torch.ones(position.shape, dtype=torch.bool)
+        return position.cpu() // self.block % self.ranks.size == self.ranks.rank

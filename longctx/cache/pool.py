@@ -62,12 +62,10 @@ class Pool:
         row, offset = kept_NC[order].nonzero(as_tuple=True)
         lane = layout.owner_N[order][row]
         lengths_R = torch.bincount(lane, minlength=layout.lanes)
-        compact = layout.compact(lengths_R)
-        # As if they were appended to nothing.
-        starts_R = (-(-lengths_R // self.block)).cumsum(0) - -(-lengths_R // self.block)
-        rank = torch.arange(len(lane)) - (lengths_R.cumsum(0) - lengths_R)[lane]
+        empty = layout.once("empty", lambda: BlockLayout.empty(layout.lanes, layout.block))
+        compact, places = empty.append(torch.arange(int(lengths_R.max())) < lengths_R[:, None])
         source = (order[row].to(self.device), offset.to(self.device))
-        target = ((starts_R[lane] + rank // self.block).to(self.device), (rank % self.block).to(self.device))
+        target = (places.block_n.to(self.device), places.offset_n.to(self.device))
 
         def moved(tensor: Tensor) -> Tensor:
             new = tensor.new_zeros(compact.capacity, *tensor.shape[1:])

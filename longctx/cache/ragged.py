@@ -91,7 +91,7 @@ class RaggedKV:
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
         position_RT = position_BT.repeat_interleave(heads, dim=0)
-        taken_BT = self.options.owned(position_BT.cpu())
+        taken_BT = self.options.owned(position_BT)
         if counts_B is not None:
             taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
         taken_RT = taken_BT.repeat_interleave(heads, dim=0)

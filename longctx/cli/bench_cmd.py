@@ -69,20 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
-    if args.what == "precision":
-        return _precision(args)
-    if args.what == "mixers":
-        return _mixers(args)
-    if args.what == "handoff":
-        return _handoff(args)
-    if args.what == "decode":
-        return _decode(args)
-    if args.what == "generation":
-        return _generation(args)
-    if args.what == "recall":
-        return _recall(args)
-    if args.what == "training":
-        return _training(args)
+    others = {
+        "precision": _precision, "mixers": _mixers, "handoff": _handoff, "decode": _decode, "generation": _generation,
+        "recall": _recall, "training": _training,
+    }  # fmt: skip
+    if args.what in others:
+        return others[args.what](args)
     shape = _shape(args)
     return _simulate(args, shape) if args.simulate is not None else _measure(args, shape)
 

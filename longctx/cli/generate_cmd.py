@@ -13,7 +13,11 @@ if typing.TYPE_CHECKING:
 
 HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
 
-SCORERS = ("key-norm", "key-diff", "snapkv", "tova", "recency", "random")
+SCORERS = {
+    "key-norm": "KeyNorm", "key-diff": "KeyDiff", "snapkv": "SnapKV", "tova": "TOVA", "recency": "Recency",
+    "random": "Random",
+}  # fmt: skip
+"""What --scorer may name, and the class of longctx.cache.scorers that it stands for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from longctx.runtime.process import joined_world
 
     try:
-        with joined_world(Runtime(), Sequence(length=launch.world, degree=launch.world), launch) as mesh:
+        with joined_world(
+            Runtime(device=args.device), Sequence(length=launch.world, degree=launch.world), launch
+        ) as mesh:
             return _generate(args, prompt, mesh)
     except FailedElsewhere:
         return give_way()
@@ -117,10 +123,6 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
 
     compression = None
     if args.keep is not None:
-        kinds: dict[str, type[scorers.Scorer]] = {
-            "key-norm": scorers.KeyNorm, "key-diff": scorers.KeyDiff, "snapkv": scorers.SnapKV, "tova": scorers.TOVA,
-            "recency": scorers.Recency, "random": scorers.Random,
-        }  # fmt: skip
         try:
             share = float(args.keep)
         except ValueError:
@@ -128,7 +130,7 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
         if share <= 0 or (share >= 1 and share != int(share)):
             raise ConfigError(f"--keep {args.keep} is neither a number of tokens nor a share of them; use 1024 or 0.5")
         policy = Policy(ratio=share) if share < 1 else Policy(tokens=int(share))
-        compression = Compression(kinds[args.scorer or "snapkv"](), policy)
+        compression = Compression(getattr(scorers, SCORERS[args.scorer or "snapkv"])(), policy)
     bits = int(args.cache_bits) if args.cache_bits else None
     return CacheOptions(bits=bits, ranks=None if mesh is None else mesh.sequence, compression=compression)
 

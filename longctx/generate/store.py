@@ -49,7 +49,10 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
 
     Raises:
         DataError: the file is none of ours, damaged, or of another model.
+        UnsupportedError: the cache is to be spread over ranks.
     """
+    if cache is not None and cache.ranks is not None:
+        raise UnsupportedError("a decode state on disk is of one rank; load it without ranks")
     device = str(model.head.weight.device)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:

@@ -145,7 +145,8 @@ class AssociativeRecurrentMemory(SegmentedDecoder):
         length, tokens = self.recurrence.segment, self.recurrence.memory
         if self.recurrence.wavefront:
             segments = own_segments_of(context, length, tokens)
-            x_BTD = tie(x_BTD, *self.parameters())  # some ranks need some weights for no segment, ZeRO wants all
+            if context.degree > 1:  # some ranks need some weights for no segment, and ZeRO wants all
+                x_BTD = tie(x_BTD, *self.parameters())
         else:
             segments = segments_of(context, length, 0, tokens)
         carrier = self._carrier(x_BTD, context)

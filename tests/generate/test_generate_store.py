@@ -96,5 +96,7 @@ def test_what_cannot_be_used_is_refused(seed: int, tmp_path: Path) -> None:
     spread = run(model, tokens_of(seed, 9), CacheOptions(ranks=Group(0, (0,))))
     with pytest.raises(UnsupportedError, match="a cache spread over ranks is not saved"):
         save_decoded(spread, model, file)
+    with pytest.raises(UnsupportedError, match="is of one rank; load it without ranks"):
+        load_decoded(file, model, CacheOptions(ranks=Group(0, (0, 1))))
     with pytest.raises(DataError, match="cannot write the decode state"):
         save_decoded(done, model, tmp_path / "nowhere" / "state.safetensors")
