@@ -36,12 +36,13 @@ class LayerCaches:
     """Caches of all layers during one forward.
 
     Args:
-        states: of the layers; replaced one by one as they attend. ``seen`` counts tokens for transformers' generate.
+        states: of the layers; replaced one by one as they attend. ``seen`` counts tokens for transformers' generate,
+            ``prompt`` says that it runs a prompt, which is compressed when it is over.
     """
 
     def __init__(self, states: Sequence[RaggedKV | Unfilled]) -> None:
         self.states = list(states)
-        self.seen = 0
+        self.seen, self.prompt = 0, False
 
     def attend(
         self, module: nn.Module, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, context: SequenceContext, *,
@@ -65,7 +66,8 @@ class LayerCaches:
             state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window)
         state = state.append(k_BTKE, v_BTKE, context.positions(k_BTKE.device))
         out_BTHE = cached_attention(q_BTHE, state, context, window=window, sink_H=sink_H, scale=scale, softcap=softcap)
-        self.states[layer] = state.attended(q_BTHE)
+        state = state.attended(q_BTHE)
+        self.states[layer] = state.compressed() if self.prompt else state
         return out_BTHE
 
 
@@ -94,7 +96,7 @@ def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
 def compress(model: nn.Module, scorer: Scorer, policy: Policy) -> Iterator[None]:
     """Within the block ``model.generate(...)`` caches in blocks and lets stay what the policy says.
 
-    Compressed it is as often as the policy's ``every`` says, a prompt of at least so many tokens when it is over.
+    A prompt is compressed when it is over, and what comes after it as often as the policy's ``every`` says.
     """
     options = CacheOptions(compression=Compression(scorer, policy))
     cache_for(model, options)  # refuses what cannot work now
@@ -123,6 +125,7 @@ def next_context(caches: "LayerCaches", tokens: Tensor) -> SequenceContext:
     """The context of tokens [B, T, ...] that follow what the caches have seen."""
     context = SequenceContext.single(tokens.shape[0], caches.seen).extend(tokens.shape[1])
     caches.seen += tokens.shape[1]
+    caches.prompt = tokens.shape[1] > 1
     return context
 
 

@@ -93,6 +93,9 @@ def test_a_block_compresses_what_generate_caches(seed: int) -> None:
     with longctx.compress(model, KeyNorm(), Policy(tokens=10, sinks=1, recent=2, every=1)):
         found = model.generate(ids, return_dict_in_generate=True, **options)
     assert {n for state in found.past_key_values.longctx.states for n in state.lengths_R.tolist()} == {10}
+    with longctx.compress(model, KeyNorm(), Policy(tokens=10, sinks=1, recent=2)):  # the prompt alone, of 40 tokens
+        found = model.generate(ids, return_dict_in_generate=True, **options)
+    assert {n for state in found.past_key_values.longctx.states for n in state.lengths_R.tolist()} == {10 + 5}
     assert "_prepare_cache_for_generation" not in vars(model)
 
 
