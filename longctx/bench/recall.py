@@ -79,17 +79,30 @@ class Recall:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the experiment."""
+    """Sizes of the experiment.
+
+    Args:
+        segments: of a row at the end and for the most part. Rows begin with 2 and double every ``shorter`` steps, the
+            curriculum of Bulatov et al. (arXiv 2304.11062): with long rows alone it takes long to find the first fact.
+        steps: all of them.
+    """
 
     segments: int = 16
     segment: int = 16
-    steps: int = 400
+    steps: int = 500
+    shorter: int = 100
     batch: int = 32
     width: int = 64
     layers: int = 2
     memory: int = 4
     lr: float = 3e-3
     seed: int = 0
+
+    def stages(self) -> list[tuple[int, int]]:
+        """Segments of a row until which step."""
+        shorter = [2**i for i in range(1, self.segments.bit_length()) if 2**i < self.segments]
+        found = [(min(self.steps, self.shorter * (i + 1)), segments) for i, segments in enumerate(shorter)]
+        return [*found, (self.steps, self.segments)]
 
 
 class _Losses(Callback):
@@ -110,7 +123,10 @@ def recall(kind: str, plan: Plan, mesh: Mesh, advance: Callable[[int, float], No
     model = with_recurrence(CausalLM(model_config, seed=plan.seed), plan.seed)
     facts, watch = Facts(plan.segments, plan.segment, plan.seed), _Losses(advance)
     trainer = Trainer(config, model_config, mesh, build_engine(config, model, mesh), facts, [watch])
-    trainer.run()
+    for until, segments in plan.stages():
+        stage = _asking(trainer, replace(facts, segments=segments))
+        while trainer.progress.step < until:
+            stage.log(stage.step())
     further = {n: _accuracy(trainer, replace(facts, segments=n))[-1] for n in (plan.segments, 4 * plan.segments)}
     seconds = time.perf_counter() - started
     return Recall(kind, tuple(watch.losses), tuple(_accuracy(trainer, facts)), further, seconds)
@@ -143,11 +159,16 @@ def _config(kind: str, plan: Plan, mesh: Mesh) -> tuple[Config, Model]:
     return config, model
 
 
+def _asking(trainer: Trainer, facts: Facts) -> Trainer:
+    """The same training with rows of another length."""
+    sequence = trainer.config.sequence.model_copy(update={"length": facts.length})
+    return replace(trainer, config=trainer.config.model_copy(update={"sequence": sequence}), rows=facts)
+
+
 @torch.no_grad()
 def _accuracy(trainer: Trainer, facts: Facts, rows: int = 256) -> list[float]:
     """Share of right answers at the end of every segment, over rows that training never saw."""
-    sequence = trainer.config.sequence.model_copy(update={"length": facts.length})
-    asking = replace(trainer, config=trainer.config.model_copy(update={"sequence": sequence}))
+    asking = _asking(trainer, facts)
     first = 10**9  # far behind the rows of any training
     right = torch.zeros(facts.segments, dtype=torch.float64)
     for batch in read_micro_batches(facts, range(first, first + rows), 64, asking.context):

@@ -21,6 +21,7 @@ from longctx.attention.kernels import Scoring, choose_kernel
 from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
 from longctx.attention.tree import tree_merge
+from longctx.cache.layout import BlockLayout
 from longctx.cache.ragged import RaggedKV
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
@@ -30,6 +31,8 @@ _SCORES = 1 << 24
 """Scores of one pass, at most."""
 _FEW = 64
 """Queries per lane up to which blocks are worked on all at once."""
+_LONG = 8
+"""Mean length of runs of blocks from which on they are worked on run by run."""
 
 
 def cached_attention(
@@ -47,7 +50,8 @@ def cached_attention(
     if cache.seen != context.length:
         raise ValueError(f"the cache has seen {cache.seen} tokens, the context has {context.length}")
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
-    out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window)
+    newest = q_BTHE.shape[1] == 1  # the context ends with the queries
+    out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window, newest)
     if sink_H is not None:
         out_BTHE, lse_BTH = out_BTHE.contiguous(), lse_BTH.contiguous()  # of which flattening is a view
         add_sink_(out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1), sink_H)
@@ -56,21 +60,29 @@ def cached_attention(
 
 @torch.no_grad()
 def attend(
-    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None = None
+    q_BTHE: Tensor,
+    cache: RaggedKV,
+    position_BT: Tensor,
+    scoring: Scoring,
+    window: int | None = None,
+    newest: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over what a cache holds on all ranks at positions up to each query's own, and its log-sum-exp.
 
     Args:
         position_BT: of the queries.
         window: positions that a query sees, its own included; None: all.
+        newest: no token of a row is behind its queries, which need not be asked then.
 
     Returns:
         out_BTHE and lse_BTH in fp32 (fp64 for fp64); 0 and -inf where a query sees nothing.
     """
     tokens, group = q_BTHE.shape[1], q_BTHE.shape[2] // cache.kv_heads
     neighbours = tokens * group > _FEW and bool((position_BT.diff(dim=1) == 1).all())
-    work = _lane_by_lane if neighbours else _block_by_block
-    out_BTHE, lse_BTH = work(q_BTHE, cache, position_BT, scoring, window)
+    if neighbours:
+        out_BTHE, lse_BTH = _lane_by_lane(q_BTHE, cache, position_BT, scoring, window)
+    else:
+        out_BTHE, lse_BTH = _block_by_block(q_BTHE, cache, position_BT, scoring, window, newest)
     options = cache.options
     return (
         (out_BTHE, lse_BTH) if options.ranks is None else tree_merge(out_BTHE, lse_BTH, options.ranks, options.ledger)
@@ -125,19 +137,19 @@ def visible_slices(position_M: npt.NDArray[np.int64], first: int, queries: int, 
 
 
 def _block_by_block(
-    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
+    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None, newest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """All blocks at once, in parts of at most :data:`_SCORES` scores."""
     batch, tokens, heads, size = q_BTHE.shape
     lanes, group = batch * cache.kv_heads, heads // cache.kv_heads
     q_RQE = q_BTHE.view(batch, tokens, cache.kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(lanes, -1, size)
     at_RQ = position_BT.repeat_interleave(cache.kv_heads, dim=0).repeat(1, group)
-    wide = torch.promote_types(q_BTHE.dtype, torch.float32)
     step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
-    out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide)
-    lse_RQ = out_RQE.new_full(q_RQE.shape[:2], float("-inf"))
-    for part in _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step):
-        merge_(out_RQE, lse_RQ, *_partial(q_RQE, at_RQ, cache, part, scoring, window))
+    parts = _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step)
+    partials = (_partial(q_RQE, at_RQ, cache, part, scoring, window, newest) for part in parts)
+    out_RQE, lse_RQ = next(partials)
+    for partial in partials:
+        merge_(out_RQE, lse_RQ, *partial)
     out_BTHE = out_RQE.view(batch, cache.kv_heads, group, tokens, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out_BTHE, lse_RQ.view(batch, cache.kv_heads, group, tokens).permute(0, 3, 1, 2).flatten(2)
 
@@ -159,10 +171,10 @@ Part = slice | Tensor
 
 
 def _parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
-    """The blocks in parts of ``step``; where few blocks are not wanted, these are read, too, and hidden."""
+    """The blocks in one or more parts of ``step``; where few are not wanted, these are read, too, and hidden."""
     if 4 * len(ids_n) < 3 * blocks:
         return torch.split(ids_n, step)
-    return [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]
+    return [slice(start, min(start + step, blocks)) for start in range(0, max(blocks, 1), step)]
 
 
 def _of(tensor: Tensor, part: Part) -> Tensor:
@@ -170,44 +182,93 @@ def _of(tensor: Tensor, part: Part) -> Tensor:
 
 
 def _partial(
-    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, scoring: Scoring, window: int | None
+    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, scoring: Scoring, window: int | None, newest: bool
 ) -> tuple[Tensor, Tensor]:
     """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks."""
     pool, device, wide = cache.pool, q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32)
     layout = cache.layout
     owner_n = _of(layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device)), part)
-    counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
     k_nCE, v_nCE = (pool.codec.decode(tuple(_of(t, part) for t in kv)).to(device) for kv in (pool.k, pool.v))
-    score_nQC = torch.bmm((q_RQE * scoring.scale)[owner_n], k_nCE.mT).to(wide)
+    runs = _runs(layout, part)
+    score_nQC = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
     if scoring.softcap is not None:
         score_nQC = (score_nQC / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nQC, at_RQ, owner_n, _of(pool.position_NC, part).to(device), counts_n, window)
+    _hide(score_nQC, at_RQ, owner_n, cache, part, window, newest)
     top_RQ = score_nQC.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
     top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nQC.amax(2), "amax")
     weight_nQC = score_nQC.sub_(top_RQ[owner_n][..., None]).exp_()
     total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nQC.sum(2))
-    sum_nQE = torch.bmm(weight_nQC.to(v_nCE.dtype), v_nCE).to(wide)
-    out_RQE = q_RQE.new_zeros(q_RQE.shape, dtype=wide).index_add_(0, owner_n, sum_nQE)
+    out_RQE = _sums(weight_nQC.to(v_nCE.dtype), v_nCE, owner_n, runs, len(q_RQE))
     seen_RQ = total_RQ > 0
     out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
     return out_RQE, (total_RQ.log() + top_RQ).where(seen_RQ, float("-inf"))
 
 
+Runs = list[tuple[int, int, int]] | None
+"""Neighbouring blocks of one lane each, as (lane, first, behind the last); None: too many to be worth it."""
+
+
+def _runs(layout: BlockLayout, part: Part) -> Runs:
+    """A prompt leaves long runs; one product over a run reads its keys twice as fast as one per block."""
+    if not isinstance(part, slice):
+        return None
+
+    def find() -> Runs:
+        owner_n = layout.owner_N[part].numpy()
+        edges = [0, *(np.flatnonzero(np.diff(owner_n)) + 1).tolist(), len(owner_n)]
+        if len(edges) * _LONG > len(owner_n):
+            return None
+        return [(int(owner_n[a]), a, b) for a, b in pairwise(edges) if owner_n[a] >= 0]
+
+    runs: Runs = layout.once(("runs", part.start, part.stop), find)
+    return runs
+
+
+def _scores(q_RQE: Tensor, k_nCE: Tensor, owner_n: Tensor, runs: Runs) -> Tensor:
+    """Products [n, Q, C] of every block with the queries of its lane; 0 for blocks of none."""
+    if runs is None:
+        return torch.bmm(q_RQE[owner_n], k_nCE.mT)
+    score_nQC = k_nCE.new_zeros(len(k_nCE), q_RQE.shape[1], k_nCE.shape[1])
+    for lane, a, b in runs:
+        score_Qm = q_RQE[lane] @ k_nCE[a:b].flatten(0, 1).mT
+        score_nQC[a:b] = score_Qm.view(len(score_Qm), b - a, -1).transpose(0, 1)
+    return score_nQC
+
+
+def _sums(weight_nQC: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes: int) -> Tensor:
+    """Weighted sums [R, Q, E] of the values of every lane."""
+    wide = torch.promote_types(v_nCE.dtype, torch.float32)
+    sum_RQE = v_nCE.new_zeros(lanes, weight_nQC.shape[1], v_nCE.shape[2], dtype=wide)
+    if runs is None:
+        return sum_RQE.index_add_(0, owner_n, torch.bmm(weight_nQC, v_nCE).to(wide))
+    for lane, a, b in runs:
+        sum_RQE[lane] += weight_nQC[a:b].transpose(0, 1).flatten(1) @ v_nCE[a:b].flatten(0, 1)
+    return sum_RQE
+
+
 def _hide(
-    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, position_nC: Tensor, counts_n: Tensor, window: int | None
+    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, cache: RaggedKV, part: Part, window: int | None, newest: bool
 ) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
-    block = position_nC.shape[1]
-    last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
-    partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
-    if window is not None:
-        partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
-    rows = partly.nonzero()[:, 0]
+    layout, block, device = cache.layout, score_nQC.shape[2], score_nQC.device
+    counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
+    position_nC = _of(cache.pool.position_NC, part).to(device)
+    if newest and window is None and isinstance(part, slice):
+        rows = layout.once(
+            ("open", part.start, part.stop, device),
+            lambda: (layout.counts()[part] < block).nonzero()[:, 0].to(device),
+        )
+    else:
+        last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
+        partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
+        if window is not None:
+            partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
+        rows = partly.nonzero()[:, 0]
     if not len(rows):
         return
     key_r1C, at_rQ1 = position_nC[rows][:, None], at_RQ[owner_n[rows]][..., None]
     hidden_rQC = key_r1C > at_rQ1
     if window is not None:
         hidden_rQC |= key_r1C <= at_rQ1 - window
-    hidden_rQC |= (torch.arange(block, device=at_RQ.device) >= counts_n[rows][:, None])[:, None]
+    hidden_rQC |= (torch.arange(block, device=device) >= counts_n[rows][:, None])[:, None]
     score_nQC[rows] = score_nQC[rows].masked_fill_(hidden_rQC, float("-inf"))

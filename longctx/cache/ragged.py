@@ -211,8 +211,8 @@ class RaggedKV:
 
     def _own_pool(self) -> Pool:
         """The pool, if nobody else sees what lies behind these tokens."""
-        others = (user for user in self.pool.users if user is not self)
-        if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others if isinstance(user, RaggedKV)):
+        others = (user for user in self.pool.users if isinstance(user, RaggedKV) and user.layout is not self.layout)
+        if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others):
             return self.pool
         return self.pool.copy(self.layout.capacity)
 

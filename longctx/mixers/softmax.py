@@ -106,7 +106,11 @@ class SoftmaxMixer(Mixer):
         v_BTKE = self.v_proj(x_BTD).view(batch, tokens, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
-        cos_sin = self.rope.cos_sin(context.positions(x_BTD.device), context.length, x_BTD.dtype)
+        device, dtype = x_BTD.device, x_BTD.dtype
+        cos_sin = context.once(  # for all layers
+            ("cos_sin", self.rope, context.rank, device, dtype),
+            lambda: self.rope.cos_sin(context.positions(device), context.length, dtype),
+        )
         return self.rope.rotate(q_BTHE, cos_sin), self.rope.rotate(k_BTKE, cos_sin), v_BTKE
 
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:
