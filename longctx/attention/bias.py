@@ -1,6 +1,6 @@
 """The explicit attention bias: one learned key and value per kv head that every query also sees.
 
-Massive Activations (Sun et al., arXiv 2402.17762, section 5.3): ``softmax([q K^T, q k'] * scale) [V; v']``. The pair is
+Massive Activations (Sun et al., arXiv 2402.17762, section 4.3): ``softmax([q K^T, q k'] * scale) [V; v']``. The pair is
 no rank's token: it enters each row once, on the rank whose row it is and after all keys; the backward of the keys needs
 nothing but the final output and log-sum-exp. Its gradient on a rank is that of the rank's own rows.
 
