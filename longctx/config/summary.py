@@ -63,7 +63,8 @@ def count_parameters(model: Model, vocab_size: int) -> int:
 
 def _corpus_vocab(config: Config) -> int | None:
     try:
-        return int(read_manifest_json(config.data.sources[0].path)["tokenizer"]["vocab_size"])
+        words = int(read_manifest_json(config.data.sources[0].path)["tokenizer"]["vocab_size"])
+        return words + config.model.sink_tokens
     except ConfigError:
         return None
 

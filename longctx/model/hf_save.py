@@ -66,7 +66,7 @@ def save_hf(
         _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
         if tokenizer_dir is not None:
-            export_tokenizer(Path(tokenizer_dir), partial)
+            export_tokenizer(Path(tokenizer_dir), partial, config.sink_ids)
 
 
 def save_attached(
