@@ -40,7 +40,6 @@ class Problem:
     window: int | None = None
     scale: float | None = None
     sink: bool = False
-    bias: bool = False
     softcap: float | None = None
     scheme: str = "ring"
     inner: int = 2
@@ -48,6 +47,7 @@ class Problem:
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    bias: bool = False
 
     @property
     def batch(self) -> int:

@@ -253,6 +253,11 @@ class Model(Section):
         return self.layers or (self.mixer,) * self.num_layers
 
     @property
+    def kv_bias(self) -> bool:
+        """Whether softmax layers have a learned key and value per kv head."""
+        return bool(self.mixer_options.get("softmax", {}).get("kv_bias", False))
+
+    @property
     def token_layers(self) -> int:
         """Layers inside blocks, beside the ``num_layers`` over them."""
         if self.block is None:

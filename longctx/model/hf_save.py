@@ -53,7 +53,7 @@ def save_hf(
         raise ConfigError(f"a Block Transformer (model.block) has no place in a {config.family} folder")
     if others := sorted(set(config.mixers) - {"softmax"}):
         raise ConfigError(f"the mixer {others[0]!r} has no place in a {config.family} folder; only softmax exports")
-    if config.mixer_options.get("softmax", {}).get("kv_bias"):
+    if config.kv_bias:
         raise ConfigError(
             "the learned keys and values of model.mixer_options.softmax.kv_bias have no place in a "
             f"{config.family} folder"
