@@ -47,6 +47,7 @@ class Problem:
     kernel: str = "cpu_flash"
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    bias: bool = False
 
     @property
     def batch(self) -> int:
@@ -62,12 +63,13 @@ class Answer:
     dk: Tensor
     dv: Tensor
     dsink: Tensor | None = None
+    dbias: Tensor | None = None
     lse: Tensor | None = None
     transfers: tuple[tuple[Transfer, ...], ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv}
-        more = {"lse": self.lse, "dsink": self.dsink}
+        more = {"lse": self.lse, "dsink": self.dsink, "dbias": self.dbias}
         return {**found, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
 
@@ -100,6 +102,7 @@ def random_problem(rng: random.Random, kernel: str = "cpu_flash") -> Problem:
         rng.choice([1, 2, 3, 4]),
         kernel=kernel,
         seed=rng.randrange(2**31),
+        bias=rng.random() < 0.3,
     )
 
 
@@ -124,6 +127,21 @@ def sink_of(problem: Problem) -> Tensor | None:
     return (4 * torch.randn(problem.heads, generator=generator, dtype=torch.float64)).to(problem.dtype)
 
 
+def bias_of(problem: Problem) -> Tensor | None:
+    """A key and a value per kv head, as large as those of tokens."""
+    if not problem.bias:
+        return None
+    generator = torch.Generator().manual_seed(problem.seed + 2)
+    shape = (2, problem.kv_heads, problem.head_dim)
+    return (1.7 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(problem.dtype)
+
+
+def learned_of(problem: Problem) -> dict[str, Tensor]:
+    """The sink and the bias, where there are any, as arguments that take a gradient."""
+    found = {"sink_H": sink_of(problem), "bias_2KE": bias_of(problem)}
+    return {name: tensor.requires_grad_() for name, tensor in found.items() if tensor is not None}
+
+
 def visible(starts: Sequence[int], length: int, causal: bool, window: int | None) -> np.ndarray:
     """bool [S, S]: whether query q sees key k, pair by pair from the definition."""
     seen = np.zeros((length, length), dtype=bool)
@@ -137,9 +155,14 @@ def visible(starts: Sequence[int], length: int, causal: bool, window: int | None
 
 def dense(
     q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible_BSS: Tensor, scale: float, sink_H: Tensor | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, bias_2KE: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention by its definition, every score held; differentiable."""
+    if bias_2KE is not None:
+        # One more token before all, which every query sees.
+        first_2B1KE = bias_2KE[:, None, None].expand(2, len(k_BSKE), 1, *k_BSKE.shape[2:])
+        k_BSKE, v_BSKE = torch.cat((first_2B1KE[0], k_BSKE), dim=1), torch.cat((first_2B1KE[1], v_BSKE), dim=1)
+        visible_BSS = torch.cat((torch.ones_like(visible_BSS[..., :1]), visible_BSS), dim=-1)
     groups = q_BSHE.shape[2] // k_BSKE.shape[2]
     k_BSHE, v_BSHE = (t.repeat_interleave(groups, dim=2) for t in (k_BSKE, v_BSKE))
     scores_BHSS = torch.einsum("bqhe,bkhe->bhqk", q_BSHE, k_BSHE) * scale
@@ -157,13 +180,13 @@ def dense(
 def oracle(problem: Problem) -> Answer:
     """The dense fp64 answer to the inputs as rounded to the problem's dtype."""
     *operands, dout = (t.double() for t in inputs(problem))
-    leaves, sink = [t.requires_grad_() for t in operands], sink_of(problem)
-    sink = None if sink is None else sink.double().requires_grad_()
+    leaves = [t.requires_grad_() for t in operands]
+    learned = {name: t.detach().double().requires_grad_() for name, t in learned_of(problem).items()}
     masks = [visible(starts, problem.length, problem.causal, problem.window) for starts in problem.documents]
     scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
-    out = dense(*leaves, torch.from_numpy(np.stack(masks)), scale, sink, problem.softcap)
-    gradients = _gradients(out, leaves, sink, dout)
-    return Answer(out.detach(), *gradients[:3], gradients[3] if sink is not None else None, dense_lse(problem))
+    out = dense(*leaves, torch.from_numpy(np.stack(masks)), scale, softcap=problem.softcap, **learned)
+    dq, dk, dv, *more = torch.autograd.grad(out, [*leaves, *learned.values()], dout)
+    return Answer(out.detach(), dq, dk, dv, lse=dense_lse(problem), **_named(problem, more))
 
 
 def dense_lse(problem: Problem) -> Tensor:
@@ -176,12 +199,21 @@ def dense_lse(problem: Problem) -> Tensor:
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     lse = scores.masked_fill(~torch.from_numpy(np.stack(masks))[:, None], float("-inf")).logsumexp(-1)
-    return (lse if sink is None else torch.logaddexp(lse, sink.double()[None, :, None])).transpose(1, 2)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.double()[None, :, None])
+    bias = bias_of(problem)
+    if bias is not None:
+        key_HE = bias[0].double().repeat_interleave(problem.heads // problem.kv_heads, 0)
+        score = torch.einsum("bqhe,he->bhq", q, key_HE) * scale
+        score = score if problem.softcap is None else problem.softcap * torch.tanh(score / problem.softcap)
+        lse = torch.logaddexp(lse, score)
+    return lse.transpose(1, 2)
 
 
-def _gradients(out: Tensor, leaves: list[Tensor], sink: Tensor | None, dout: Tensor) -> list[Tensor]:
-    """dq, dk, dv and, with a sink, dsink."""
-    return list(torch.autograd.grad(out, leaves if sink is None else [*leaves, sink], dout))
+def _named(problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients of what is learned by their names in an answer."""
+    names = {"sink_H": "dsink", "bias_2KE": "dbias"}
+    return {names[name]: gradient for name, gradient in zip(learned_of(problem), gradients, strict=True)}
 
 
 def context_of(problem: Problem, group: Group, ledger: Ledger | None = None) -> SequenceContext:
@@ -200,18 +232,17 @@ def layout_of(problem: Problem, degree: int) -> Layout:
 def options_of(problem: Problem) -> dict[str, Any]:
     """Keyword arguments of :func:`longctx.attention.attention`."""
     return {
-        "causal": problem.causal, "window": problem.window, "scale": problem.scale, "sink_H": sink_of(problem),
-        "softcap": problem.softcap, "kernel": KERNELS[problem.kernel],
+        "causal": problem.causal, "window": problem.window, "scale": problem.scale, "softcap": problem.softcap,
+        "kernel": KERNELS[problem.kernel], "sink_H": sink_of(problem), "bias_2KE": bias_of(problem),
     }  # fmt: skip
 
 
 def run_here(problem: Problem, context: SequenceContext, whole: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Output, dq, dk, dv of this rank's tokens, and its share of dsink."""
+    """Output, dq, dk, dv of this rank's tokens, and its share of the gradients of what is learned."""
     *operands, dout = (context.shard(t) for t in whole or inputs(problem))
-    leaves, sink = [t.requires_grad_() for t in operands], sink_of(problem)
-    sink = None if sink is None else sink.requires_grad_()
-    out = attention(*leaves, context, **{**options_of(problem), "sink_H": sink})
-    return [out.detach(), *_gradients(out, leaves, sink, dout)]
+    leaves, learned = [t.requires_grad_() for t in operands], learned_of(problem)
+    out = attention(*leaves, context, **{**options_of(problem), **learned})
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *learned.values()], dout)]
 
 
 def lse_here(problem: Problem, context: SequenceContext) -> Tensor:
@@ -255,8 +286,9 @@ def solve(pool: Any, world: int, problems: Sequence[Problem], limit_s: float = 6
         layout = layout_of(problem, world)
         order = torch.from_numpy(np.concatenate([layout.indices(rank) for rank in range(world)]))
         whole = [torch.cat([part[i] for part in parts], dim=1)[:, order.argsort()] for i in range(5)]
-        dsink = torch.stack([part[5] for part in parts]).sum(0) if problem.sink else None
-        answers.append(Answer(*whole[:4], dsink, whole[4], transfers=tuple(tuple(rank[number][1]) for rank in ranks)))
+        learned = [torch.stack(shares).sum(0) for shares in zip(*(part[5:] for part in parts), strict=True)]
+        transfers = tuple(tuple(rank[number][1]) for rank in ranks)
+        answers.append(Answer(*whole[:4], lse=whole[4], transfers=transfers, **_named(problem, learned)))
     return answers
 
 

@@ -5,6 +5,7 @@ Legend: B batch, T local tokens, H query heads, K kv heads, E head dim.
 
 import torch
 
+from longctx.attention.bias import by_query_head
 from longctx.attention.choice import choose_scheme
 from longctx.attention.kernels import Kernel, Scoring, choose_kernel
 from longctx.attention.schemes import Request, scheme_of
@@ -18,6 +19,7 @@ def attention(
     q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, context: SequenceContext, *, causal: bool = True,
     window: int | None = None, sink_H: torch.Tensor | None = None, scale: float | None = None,
     softcap: float | None = None, dropout: float = 0.0, kernel: Kernel | None = None,
+    bias_2KE: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Exact softmax attention of this rank's queries over the keys of all ranks; documents never see each other.
 
@@ -33,6 +35,8 @@ def attention(
         softcap: scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
         dropout: refused unless 0.
         kernel: default: chosen from device, dtype and softcap.
+        bias_2KE: a learned key and value per kv head that every query also sees (see :mod:`longctx.attention.bias`).
+            Its gradient is of this rank's queries.
 
     Returns:
         out_BTHE in the dtype of q. Accumulates in fp32 (fp64 for fp64).
@@ -42,10 +46,10 @@ def attention(
             is unknown or whose groups of ranks the mesh lacks.
         ValueError: shapes that do not fit the context.
     """
-    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, bias_2KE, context, causal, window)
     context = _settled(context, q_BTHE, k_BTKE, causal, window)
     request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel)
-    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
+    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H, by_query_head(bias_2KE, q_BTHE.shape[2]))
     scheme = scheme_of(request)
     return run_once(lambda *tensors: (scheme(tensors, request)[0],), operands, context.kept)[0]
 
@@ -54,8 +58,9 @@ def attention_and_lse(
     q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, context: SequenceContext, *, causal: bool = True,
     window: int | None = None, sink_H: torch.Tensor | None = None, scale: float | None = None,
     softcap: float | None = None, dropout: float = 0.0, kernel: Kernel | None = None,
+    bias_2KE: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """:func:`attention` and the log-sum-exp of every row's scores, sink included.
+    """:func:`attention` and the log-sum-exp of every row's scores, sink and bias included.
 
     Returns:
         out_BTHE as above, and lse_BTH in fp32 (fp64 for fp64), through which no gradient flows.
@@ -66,10 +71,10 @@ def attention_and_lse(
     """
     if context.kept is not None:
         raise UnsupportedError("the log-sum-exp is not kept in a recomputed region; ask for it outside of one")
-    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, context, causal, window)
+    _check(q_BTHE, k_BTKE, v_BTKE, sink_H, bias_2KE, context, causal, window)
     context = _settled(context, q_BTHE, k_BTKE, causal, window)
     request = _request(q_BTHE, context, causal, window, scale, softcap, dropout, kernel, return_lse=True)
-    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H)
+    operands = (q_BTHE, k_BTKE, v_BTKE, sink_H, by_query_head(bias_2KE, q_BTHE.shape[2]))
     out_BTHE, lse_BTH = scheme_of(request)(operands, request)
     assert lse_BTH is not None
     return out_BTHE, lse_BTH
@@ -105,7 +110,7 @@ def _request(
 
 def _check(
     q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, sink_H: torch.Tensor | None,
-    context: SequenceContext, causal: bool, window: int | None,
+    bias_2KE: torch.Tensor | None, context: SequenceContext, causal: bool, window: int | None,
 ) -> None:  # fmt: skip
     batch, rows, heads, _ = q_BTHE.shape
     if window is not None and window < 1:
@@ -113,6 +118,11 @@ def _check(
     _check_tensors(q_BTHE, k_BTKE, v_BTKE)
     if sink_H is not None and sink_H.shape != (heads,):
         raise ValueError(f"sink_H of shape {tuple(sink_H.shape)} for {heads} query heads; give one logit per head")
+    if bias_2KE is not None and bias_2KE.shape != (2, *k_BTKE.shape[2:]):
+        raise ValueError(
+            f"bias_2KE of shape {tuple(bias_2KE.shape)} for keys {tuple(k_BTKE.shape)}; "
+            "give one key and one value per kv head"
+        )
     keys = context.plan(causal, window).keys.sizes[context.rank]
     if (batch, rows) != (context.batch, context.local_length) or k_BTKE.shape[:2] != (batch, keys):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from longctx.attention.bias import bias_gradients
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
@@ -26,21 +27,24 @@ class GatheredCall:
 
 
 class GatheredAttention(torch.autograd.Function):
-    """q_NHE, own k and v, sink_H -> out_NHE, lse_NH. Keeps the gathered keys and values: nothing is gathered twice."""
+    """q_NHE, own k and v, sink_H, bias_2HE -> out_NHE, lse_NH.
+
+    Keeps the gathered keys and values: nothing is gathered twice.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q_NHE: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_H: torch.Tensor | None,
-        call: GatheredCall,
+        bias_2HE: torch.Tensor | None, call: GatheredCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        return _attend(ctx, q_NHE, call.rows.gather(torch.stack((k, v), dim=1)), sink_H, call)
+        return _attend(ctx, q_NHE, call.rows.gather(torch.stack((k, v), dim=1)), sink_H, bias_2HE, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dq_NHE, dkv_M2KE, dsink_H = _gradients(ctx, dout_NHE)
+        dq_NHE, dkv_M2KE, dsink_H, dbias_2HE = _gradients(ctx, dout_NHE)
         own = ctx.call.rows.scatter_sum(dkv_M2KE).to(dq_NHE.dtype)
-        return dq_NHE, own[:, 0], own[:, 1], dsink_H, None
+        return dq_NHE, own[:, 0], own[:, 1], dsink_H, dbias_2HE, None
 
 
 class WholeAttention(torch.autograd.Function):
@@ -48,15 +52,16 @@ class WholeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None, call: GatheredCall
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _attend(ctx, q_NHE, kv_M2KE, sink_H, call)
+        ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None,
+        bias_2HE: torch.Tensor | None, call: GatheredCall,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return _attend(ctx, q_NHE, kv_M2KE, sink_H, bias_2HE, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dq_NHE, dkv_M2KE, dsink_H = _gradients(ctx, dout_NHE)
-        return dq_NHE, dkv_M2KE.to(dq_NHE.dtype), dsink_H, None
+        dq_NHE, dkv_M2KE, dsink_H, dbias_2HE = _gradients(ctx, dout_NHE)
+        return dq_NHE, dkv_M2KE.to(dq_NHE.dtype), dsink_H, dbias_2HE, None
 
 
 class GatherKeys(torch.autograd.Function):
@@ -78,24 +83,29 @@ class GatherKeys(torch.autograd.Function):
 
 
 def _attend(
-    ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None, call: GatheredCall
-) -> tuple[torch.Tensor, torch.Tensor]:
+    ctx: Any, q_NHE: torch.Tensor, kv_M2KE: torch.Tensor, sink_H: torch.Tensor | None, bias_2HE: torch.Tensor | None,
+    call: GatheredCall,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     partial = Partial.empty(q_NHE)
     partial.attend(q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], call.slices, call.kernel, call.scoring)
+    partial.add_bias(q_NHE, bias_2HE, call.scoring)
     out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
-    ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH)
+    ctx.save_for_backward(q_NHE, kv_M2KE, sink_H, bias_2HE, out_NHE, lse_NH)
     ctx.mark_non_differentiable(lse_NH)
     ctx.call = call
     return out_NHE, lse_NH
 
 
-def _gradients(ctx: Any, dout_NHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq in its dtype, dkv of this rank's queries in the wide one, and that of the sink."""
+def _gradients(
+    ctx: Any, dout_NHE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dq in its dtype, dkv of this rank's queries in the wide one, and those of the sink and of the bias."""
     call: GatheredCall = ctx.call
-    q_NHE, kv_M2KE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
+    q_NHE, kv_M2KE, sink_H, bias_2HE, out_NHE, lse_NH = ctx.saved_tensors
     dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
     dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
     dkv_M2KE = gradients(
         dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring, dq_NHE
     )
-    return dq_NHE.to(q_NHE.dtype), dkv_M2KE, dsink_H
+    dbias_2HE = bias_gradients(dout_NHE, q_NHE, out_NHE, lse_NH, bias_2HE, call.scoring, dq_NHE)
+    return dq_NHE.to(q_NHE.dtype), dkv_M2KE, dsink_H, dbias_2HE

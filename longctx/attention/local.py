@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from longctx.attention.bias import add_bias_
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.kernels.base import Gradients
 from longctx.attention.merge import add_sink_, merge_
@@ -35,6 +36,11 @@ class Partial:
         """Add the keys of one block."""
         for step in steps_of(slices, kernel):
             self._add(step.rows, *_forward(kernel, step, q_NHE, k_MKE, v_MKE, scoring))
+
+    def add_bias(self, q_NHE: torch.Tensor, bias_2HE: torch.Tensor | None, scoring: Scoring) -> None:
+        """Add the key and value that every row sees, if there are any; once."""
+        if bias_2HE is not None:
+            add_bias_(self.out_NHE, self.lse_NH, q_NHE, bias_2HE, scoring)
 
     def finished(self, sink_H: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """out_NHE in ``dtype`` and lse_NH, the sink included; after all keys."""

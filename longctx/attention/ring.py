@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from longctx.attention.bias import bias_gradients
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
@@ -70,20 +71,21 @@ class Schedules:
 
 
 class RingAttention(torch.autograd.Function):
-    """q_NHE, k_MKE, v_MKE, sink_H -> out_NHE, lse_NH. Saves all of them; lse takes no gradient."""
+    """q_NHE, k_MKE, v_MKE, sink_H, bias_2HE -> out_NHE, lse_NH. Saves all of them; lse takes no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, sink_H: torch.Tensor | None,
-        call: RingCall,
+        bias_2HE: torch.Tensor | None, call: RingCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         partial = Partial.empty(q_NHE)
         for _, source, kv in _blocks(k_MKE, v_MKE, call):
             if kv is None:
                 continue
             partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scoring)
+        partial.add_bias(q_NHE, bias_2HE, call.scoring)
         out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
-        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH)
+        ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, bias_2HE, out_NHE, lse_NH)
         ctx.mark_non_differentiable(lse_NH)
         ctx.call = call
         return out_NHE, lse_NH
@@ -92,12 +94,14 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_NHE: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: RingCall = ctx.call
-        q_NHE, k_MKE, v_MKE, sink_H, out_NHE, lse_NH = ctx.saved_tensors
+        q_NHE, k_MKE, v_MKE, sink_H, bias_2HE, out_NHE, lse_NH = ctx.saved_tensors
         dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
         queries = QueryBlock(dout_NHE, q_NHE, out_NHE, lse_NH)
         turn = _keys_travel if call.back is None else _queries_travel
         dq_NHE, dkv_M2KE = turn(queries, k_MKE, v_MKE, call)
-        return dq_NHE.to(q_NHE.dtype), dkv_M2KE[:, 0].to(k_MKE.dtype), dkv_M2KE[:, 1].to(v_MKE.dtype), dsink_H, None
+        dbias_2HE = bias_gradients(dout_NHE, q_NHE, out_NHE, lse_NH, bias_2HE, call.scoring, dq_NHE)
+        dk_MKE, dv_MKE = dkv_M2KE[:, 0].to(k_MKE.dtype), dkv_M2KE[:, 1].to(v_MKE.dtype)
+        return dq_NHE.to(q_NHE.dtype), dk_MKE, dv_MKE, dsink_H, dbias_2HE, None
 
 
 def _keys_travel(

@@ -44,14 +44,14 @@ Result = tuple[Tensor, Tensor | None]
 def ring(operands: Operands, request: Request) -> Result:
     """Keys and values travel around all ranks."""
     context = request.context
-    return _ring(operands, request, context.plan(request.causal, request.window), context.group, None)
+    return ring_over(operands, request, context.plan(request.causal, request.window), context.group, None)
 
 
 def double_ring(operands: Operands, request: Request) -> Result:
     """A ring inside every inner group, whose first blocks cross to the next group meanwhile (arXiv 2406.18485)."""
     context = request.context
     width = inner_and_outer(context)[0].size
-    return _ring(operands, request, context.plan(request.causal, request.window), context.group, width)
+    return ring_over(operands, request, context.plan(request.causal, request.window), context.group, width)
 
 
 def exchange(operands: Operands, request: Request) -> Result:
@@ -62,7 +62,7 @@ def exchange(operands: Operands, request: Request) -> Result:
     share = HeadShare.of(operands[0].shape[2], operands[1].shape[2], inner.size)
     tables = joined.tables(context.rank // inner.size, operands[0].device)
     return exchanged(
-        lambda q, k, v, sink: _ring((q, k, v, sink), request, plan, outer, None),
+        lambda *own: ring_over(own, request, plan, outer, None),
         operands, transposition(context, inner, share), share, tables, request.return_lse,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def exchange(operands: Operands, request: Request) -> Result:
 def allgather(operands: Operands, request: Request) -> Result:
     """All keys and values on every rank."""
     call = gathered_call(request)
-    return _flat(operands, lambda q, k, v, sink: GatheredAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
+    return _flat(operands, lambda *flat: GatheredAttention.apply(*flat, call))  # type: ignore[no-untyped-call]
 
 
 def gathered_call(request: Request) -> GatheredCall:
@@ -149,9 +149,10 @@ def schedules_of(context: SequenceContext, plan: AttentionPlan, width: int | Non
     return schedules
 
 
-def _ring(
+def ring_over(
     operands: Operands, request: Request, plan: AttentionPlan, group: Group, width: int | None
 ) -> tuple[Tensor, Tensor]:
+    """Keys and values travel around ``group``; ``width``: in inner groups of so many ranks."""
     q_BTHE, k_BTKE = operands[:2]
     context = request.context
     schedules = schedules_of(context, plan, width)
@@ -160,12 +161,12 @@ def _ring(
         plan, group, schedules.there, schedules.back if queries else None, context.ledger, request.kernel,
         request.scoring,
     )  # fmt: skip
-    return _flat(operands, lambda q, k, v, sink: RingAttention.apply(q, k, v, sink, call))  # type: ignore[no-untyped-call]
+    return _flat(operands, lambda *flat: RingAttention.apply(*flat, call))  # type: ignore[no-untyped-call]
 
 
 def _flat(operands: Operands, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention of flattened batch x token rows."""
-    q_BTHE, k_BTKE, v_BTKE, sink_H = operands
+    q_BTHE, k_BTKE, v_BTKE, *learned = operands
     q_NHE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTHE, k_BTKE, v_BTKE))
-    out_NHE, lse_NH = attend(q_NHE, k_MKE, v_MKE, sink_H)
+    out_NHE, lse_NH = attend(q_NHE, k_MKE, v_MKE, *learned)
     return out_NHE.view(q_BTHE.shape), lse_NH.view(q_BTHE.shape[:3])

@@ -54,7 +54,7 @@ def attention_over_gathered(q_BTHE: Tensor, kv_M2KE: Tensor, context: SequenceCo
     call = gathered_call(Request(context, True, None, kernel, Scoring(head_dim**-0.5, None)))
 
     def attend(q_BTHE: Tensor, kv_M2KE: Tensor) -> tuple[Tensor]:
-        out_NHE, _ = WholeAttention.apply(q_BTHE.flatten(0, 1), kv_M2KE, None, call)  # type: ignore[no-untyped-call]
+        out_NHE, _ = WholeAttention.apply(q_BTHE.flatten(0, 1), kv_M2KE, None, None, call)  # type: ignore[no-untyped-call]
         return (out_NHE.view(q_BTHE.shape),)
 
     return run_once(attend, (q_BTHE, kv_M2KE), context.kept)[0]

@@ -64,7 +64,7 @@ def planned_passes(context: SequenceContext, call: Call) -> tuple[list[Transfer]
         return _exchanged(context, call)
     width = inner_and_outer(context)[0].size if context.scheme == "double_ring" else None
     plan = context.plan(call.causal, call.window)
-    return _ring(plan, schedules_of(context, plan, width), context.group, call)
+    return planned_ring(plan, schedules_of(context, plan, width), context.group, call)
 
 
 def _exchanged(context: SequenceContext, call: Call) -> tuple[list[Transfer], list[Transfer]]:
@@ -82,14 +82,17 @@ def _exchanged(context: SequenceContext, call: Call) -> tuple[list[Transfer], li
     if first < last:
         plan = joined_plan(context, inner.size, call.causal, call.window)[1]
         own = Call(last - first, len(share.index[inner.rank]), call.head_dim, call.dtype, call.causal, call.window)
-        ring = _ring(plan, schedules_of(context, plan, None), outer, own)
+        ring = planned_ring(plan, schedules_of(context, plan, None), outer, own)
     return (
         moved(everything, True) + ring[0] + moved(output, False),
         moved(output, True) + ring[1] + moved(everything, False),
     )
 
 
-def _ring(plan: AttentionPlan, schedules: Schedules, group: Group, call: Call) -> tuple[list[Transfer], list[Transfer]]:
+def planned_ring(
+    plan: AttentionPlan, schedules: Schedules, group: Group, call: Call
+) -> tuple[list[Transfer], list[Transfer]]:
+    """The transfers of a ring's forward, and of its backward."""
     key_rows, query_rows = ([len(plan.documents) * n for n in side.sizes] for side in (plan.keys, plan.queries))
     there = list(planned_transfers(group, schedules.there, key_rows, call.kv_bytes))
     if queries_travel(plan, call.heads, call.kv_heads, call.head_dim, call.dtype):

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from longctx.sequence.collectives.transpose import Heads, Transposition
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""q_BTHE, k_BTKE, v_BTKE, sink_H."""
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""q_BTHE, k_BTKE, v_BTKE, sink_H, bias_2HE."""
 
 
 class Attend(Protocol):
     """Attention over the inner group's tokens, for some of the heads: [B, U, H, E] and its log-sum-exp [B, U, H]."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,19 @@ def exchanged(
             tables[1] is the inverse. None: the same order.
     """
     order, back = tables or (None, None)
-    sink_H = operands[3]
-    q_BUHE, k_BUKE, v_BUKE = (_arranged(t, order) for t in plan.to_heads(*operands[:3]))
     own = slice(*share.queries[plan.group.rank])
+    sink_H, bias_2HE = operands[3:]
+    sink, bias = None if sink_H is None else sink_H[own], None if bias_2HE is None else bias_2HE[:, own]
+    q_BUHE, k_BUKE, v_BUKE = (_arranged(t, order) for t in plan.to_heads(*operands[:3]))
     if not q_BUHE.shape[2]:
-        # No head is left for this rank, but its share of the exchange, and the sink, must stay in the graph.
-        out_BUHE = q_BUHE if sink_H is None else q_BUHE + sink_H[own, None]
+        # No head is left for this rank, but its share of the exchange, and what is learned, must stay in the graph.
+        out_BUHE = q_BUHE if sink is None else q_BUHE + sink[:, None]
+        out_BUHE = out_BUHE if bias is None else out_BUHE + bias.sum(0)
         return plan.to_tokens(out_BUHE), _lse_to_tokens(q_BUHE[..., 0].detach(), plan) if return_lse else None
     index = share.index[plan.group.rank]
     if index != tuple(range(k_BUKE.shape[2])):
         k_BUKE, v_BUKE = (t[:, :, list(index)] for t in (k_BUKE, v_BUKE))
-    out_BUHE, lse_BUH = attend(q_BUHE, k_BUKE, v_BUKE, None if sink_H is None else sink_H[own])
+    out_BUHE, lse_BUH = attend(q_BUHE, k_BUKE, v_BUKE, sink, bias)
     out_BTHE = plan.to_tokens(_arranged(out_BUHE, back))
     return out_BTHE, _lse_to_tokens(_arranged(lse_BUH, back), plan) if return_lse else None
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longctx.attention.bias import add_bias_, by_query_head
 from longctx.attention.kernels import Scoring, choose_kernel
 from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
@@ -38,6 +39,7 @@ _LONG = 8
 def cached_attention(
     q_BTHE: Tensor, cache: RaggedKV, context: SequenceContext, *, window: int | None = None,
     sink_H: Tensor | None = None, scale: float | None = None, softcap: float | None = None,
+    bias_2KE: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`longctx.attention.attention` of new tokens over a cache that holds them, too; in the dtype of q.
 
@@ -52,10 +54,16 @@ def cached_attention(
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
     newest = q_BTHE.shape[1] == 1  # the context ends with the queries
     out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window, newest)
+    if sink_H is None and bias_2KE is None:
+        return out_BTHE.to(q_BTHE.dtype)
+    out_NHE, lse_NH = out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1)
+    # What is learned is no rank's own: it joins once, after the merge over ranks.
     if sink_H is not None:
-        out_BTHE, lse_BTH = out_BTHE.contiguous(), lse_BTH.contiguous()  # of which flattening is a view
-        add_sink_(out_BTHE.flatten(0, 1), lse_BTH.flatten(0, 1), sink_H)
-    return out_BTHE.to(q_BTHE.dtype)
+        add_sink_(out_NHE, lse_NH, sink_H)
+    bias_2HE = by_query_head(bias_2KE, q_BTHE.shape[2])
+    if bias_2HE is not None:
+        add_bias_(out_NHE, lse_NH, q_BTHE.flatten(0, 1), bias_2HE, scoring)
+    return out_NHE.view(q_BTHE.shape).to(q_BTHE.dtype)
 
 
 @torch.no_grad()

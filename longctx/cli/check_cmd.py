@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show:
         print(dump_config(config), end="")
         return 0
+    _check_options(config.model)
     print(f"ok: {args.config}")
     for name, value in _summary_lines(config, world):
         print(f"  {name:<10} {value}")
@@ -56,7 +57,22 @@ def _count(model: "Model") -> int:
 
 
 def _no_export(model: "Model") -> str:
+    if model.kv_bias and set(model.mixers) == {"softmax"} and model.block is None:
+        return "not possible: no family has a place for model.mixer_options.softmax.kv_bias"
     return f"not possible: only {'plain decoders export' if model.block is not None else 'softmax exports'}"
+
+
+def _check_options(model: "Model") -> None:
+    """Refuse what a mixer does not know.
+
+    Raises:
+        ConfigError: of the first mixer that is given such an option.
+    """
+    if model.mixer_options:
+        from longctx.mixers import MIXERS
+
+        for name in model.mixer_options:
+            MIXERS[name].options(model, model.mixers.index(name))
 
 
 def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]:
@@ -76,7 +92,7 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     corpus = "not built yet"
     if size.corpus_tokens:
         corpus = f"{size.corpus_tokens:,} training tokens, {size.total_tokens / size.corpus_tokens:.2f} passes"
-    exports = set(model.mixers) == {"softmax"} and model.recurrence is None and model.block is None
+    exports = set(model.mixers) == {"softmax"} and not (model.recurrence or model.block or model.kv_bias)
     layers = f"{model.num_layers} layers"
     if model.block is not None:
         layers += f" over blocks of {model.block.size} and {model.token_layers} inside"

@@ -166,6 +166,9 @@ def _sequence(config: Config) -> Iterator[Problem]:
     if inner is not None and degree % inner:
         message = f"{inner} does not divide sequence.degree {degree}; use one of {fitting_degrees(degree)}"
         yield Problem(("sequence", "inner"), message)
+    if length <= config.model.sink_tokens:
+        message = f"{config.model.sink_tokens} of the {length} tokens of sequence.length leave no room for text"
+        yield Problem(("model", "sink_tokens"), f"{message}; use fewer")
     limit = config.model.max_position_embeddings
     if limit is not None and limit < length:
         yield Problem(
@@ -253,10 +256,11 @@ def _data(config: Config) -> Iterator[Problem]:
 def _fits(config: Config, manifest: dict[str, Any], where: KeyPath) -> Iterator[Problem]:
     """Vocabulary and length of one corpus against the model and the sequence."""
     words, tokens = int(manifest["tokenizer"]["vocab_size"]), split_tokens(manifest, "train")
-    if config.model.vocab_size is not None and config.model.vocab_size < words:
-        yield Problem(
-            ("model", "vocab_size"), f"{config.model.vocab_size} is below the {words} tokens of the corpus' tokenizer"
-        )
+    sinks = config.model.sink_tokens
+    if config.model.vocab_size is not None and config.model.vocab_size < words + sinks:
+        more = f" and the {sinks} of model.sink_tokens" if sinks else ""
+        message = f"{config.model.vocab_size} is below the {words} tokens of the corpus' tokenizer{more}"
+        yield Problem(("model", "vocab_size"), message)
     if tokens < config.sequence.length:
         message = f"holds {tokens} training tokens, fewer than sequence.length {config.sequence.length}"
         yield Problem(where, f"{message}; add text or shorten the sequence")

@@ -147,7 +147,10 @@ class Model(Section):
 
     from_hf: Path | None = Field(None, description="local Hugging Face folder to start from; shapes come from it")
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = Field("llama", description="export format")
-    vocab_size: Count | None = Field(None, description="rows of the embedding; default: the tokenizer's size")
+    vocab_size: Count | None = Field(
+        None, description="rows of the embedding; default: all tokens of the tokenizer, and sink_tokens"
+    )
+    sink_tokens: NonNegative = Field(0, description="learned tokens before every document and prompt (StreamingLLM)")
     hidden_size: Count = 256
     num_layers: PositiveInt = 4
     num_heads: PositiveInt = 4
@@ -250,11 +253,22 @@ class Model(Section):
         return self.layers or (self.mixer,) * self.num_layers
 
     @property
+    def kv_bias(self) -> bool:
+        """Whether softmax layers have a learned key and value per kv head."""
+        return bool(self.mixer_options.get("softmax", {}).get("kv_bias", False))
+
+    @property
     def token_layers(self) -> int:
         """Layers inside blocks, beside the ``num_layers`` over them."""
         if self.block is None:
             return 0
         return self.num_layers if self.block.layers is None else self.block.layers
+
+    @property
+    def sink_ids(self) -> tuple[int, ...]:
+        """Ids of the sink tokens: the last ones of the vocabulary."""
+        size = self.vocab_size or 0
+        return tuple(range(size - self.sink_tokens, size)) if self.sink_tokens else ()
 
     @property
     def kv_heads(self) -> int:

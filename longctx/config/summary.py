@@ -56,6 +56,7 @@ def count_parameters(model: Model, vocab_size: int) -> int:
     width, heads, kv, head = model.hidden_size, model.num_heads, model.kv_heads, model.head_size
     attention = 2 * width * heads * head + 2 * width * kv * head
     attention += model.qkv_bias * (heads + 2 * kv) * head + model.o_bias * width + model.qk_norm * 2 * head
+    attention += model.kv_bias * 2 * kv * head
     mlp = 3 * width * model.ffn_size + model.mlp_bias * (2 * model.ffn_size + width)
     layer = attention + mlp + 2 * width
     return model.num_layers * layer + width + vocab_size * width * (1 if model.tie_embeddings else 2)
@@ -63,7 +64,8 @@ def count_parameters(model: Model, vocab_size: int) -> int:
 
 def _corpus_vocab(config: Config) -> int | None:
     try:
-        return int(read_manifest_json(config.data.sources[0].path)["tokenizer"]["vocab_size"])
+        words = int(read_manifest_json(config.data.sources[0].path)["tokenizer"]["vocab_size"])
+        return words + config.model.sink_tokens
     except ConfigError:
         return None
 

@@ -39,18 +39,23 @@ class Rows:
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Corpus, SourceSettings]], length: int, seed: int, *, shuffle: bool = True
-    ) -> None:
+        self, sources: Sequence[tuple[Corpus, SourceSettings]], length: int, seed: int, *, shuffle: bool = True,
+        sinks: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """``shuffle=False`` keeps the documents of every source in the corpus's order.
+
+        ``sinks`` are the ids of tokens that begin every document and every row, see :class:`_SourceRows`.
 
         Raises :class:`DataError` when a source has fewer than ``length`` tokens or the sources' tokenizers differ.
         """
         if not sources:
             raise DataError("no data source is given; list at least one under data.sources")
+        if length <= len(sinks):
+            raise DataError(f"rows of {length} tokens have no room beside {len(sinks)} sink tokens; use longer ones")
         _check_same_tokenizer([corpus for corpus, _ in sources])
         self.length = length
         self._sources = [
-            _SourceRows(corpus, settings, length, seed, index, shuffle)
+            _SourceRows(corpus, settings, length, seed, index, shuffle, sinks)
             for index, (corpus, settings) in enumerate(sources)
         ]
         self._mixture = Mixture([settings.weight for _, settings in sources], seed)
@@ -85,17 +90,26 @@ class Rows:
 
 
 class _SourceRows:
-    """Rows of one source, counted from 0 and running through its epochs."""
+    """Rows of one source, counted from 0 and running through its epochs.
+
+    Sink tokens stand before every document, and every row begins with them, too: a row of n sinks and L tokens holds
+    L - n tokens of the documents laid end to end, each with its own n. Where a row's first document begins in the row,
+    it would have sinks of both kinds; those that are too many are a piece of their own before it. No label is a sink,
+    and no sink has one: what is to be predicted is the same with and without them.
+    """
 
     def __init__(
-        self, corpus: Corpus, settings: SourceSettings, length: int, seed: int, index: int, shuffle: bool
-    ) -> None:
+        self, corpus: Corpus, settings: SourceSettings, length: int, seed: int, index: int, shuffle: bool,
+        sinks: Sequence[int],
+    ) -> None:  # fmt: skip
         self._corpus = corpus
-        self._length = length
-        lengths = np.diff(corpus.offsets)
-        self._order = DocumentOrder(lengths, seed, index, shuffle, settings.long_documents, settings.long_repeat)
+        self._sinks = np.array(sinks, np.int64)
+        self._length = length - len(sinks)
+        long = None if settings.long_documents is None else settings.long_documents + len(sinks)
+        lengths = np.diff(corpus.offsets) + len(sinks)
+        self._order = DocumentOrder(lengths, seed, index, shuffle, long, settings.long_repeat)
         tokens = self._order.tokens_per_epoch
-        self.rows_per_epoch = tokens // length
+        self.rows_per_epoch = tokens // self._length
         if self.rows_per_epoch == 0:
             remedy = "add text" if corpus.split == "train" else "build with a larger --holdout"
             raise DataError(
@@ -108,26 +122,48 @@ class _SourceRows:
     def documents(self, index: int) -> tuple[int, ...]:
         epoch, base = self._locate(index)
         first, last = np.searchsorted(epoch.starts, [base + 1, base + self._length])
-        return (0, *(int(start) - base for start in epoch.starts[first:last]))
+        spare, before = self._spare(epoch, base), len(self._sinks) - base
+        return (0, *((spare,) if spare else ()), *(int(start) + before for start in epoch.starts[first:last]))
 
     def read(self, index: int, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
         epoch, base = self._locate(index)
-        start, stop = base + start, base + stop
+        begin, sinks = base - len(self._sinks), len(self._sinks)
+        if start >= sinks:
+            return self._text(epoch, begin + start, begin + stop)
+        spare = self._spare(epoch, base)
+        first = np.concatenate((self._sinks[:spare], self._sinks[: sinks - spare]))[start:stop]
+        tokens, labels = self._text(epoch, base, begin + max(stop, sinks))
+        return np.concatenate((first, tokens)), np.concatenate((np.full_like(first, IGNORE), labels))
+
+    def _spare(self, epoch: Epoch, base: int) -> int:
+        """Sinks of a row that begins at ``base`` which its first document has no use for."""
+        inside = base - int(epoch.starts[np.searchsorted(epoch.starts, base, side="right") - 1])
+        return max(0, len(self._sinks) - inside)
+
+    def _text(self, epoch: Epoch, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
+        """Tokens and labels of an epoch's tokens [start, stop), the sinks of documents among them."""
         tokens, labels = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
         place = int(np.searchsorted(epoch.starts, start, side="right")) - 1
         position = start
         while position < stop:
             end = int(epoch.starts[place + 1])
             size = min(end, stop) - position
-            offset = int(self._corpus.offsets[epoch.documents[place]]) + position - int(epoch.starts[place])
+            inside = position - int(epoch.starts[place])
             known = min(size + 1, end - position)
-            piece = self._corpus.tokens(offset, offset + known)
+            piece = self._piece(int(epoch.documents[place]), inside, inside + known)
             at = position - start
             tokens[at : at + size] = piece[:size]
             labels[at : at + known - 1] = piece[1:]
             labels[at + known - 1 : at + size] = IGNORE
+            labels[at : at + max(0, min(size, len(self._sinks) - inside))] = IGNORE
             position, place = position + size, place + 1
         return tokens, labels
+
+    def _piece(self, document: int, start: int, stop: int) -> Int64Array:
+        """Tokens [start, stop) of a document with its sinks before it."""
+        sinks, offset = len(self._sinks), int(self._corpus.offsets[document])
+        text = self._corpus.tokens(offset + max(start, sinks) - sinks, offset + max(stop, sinks) - sinks)
+        return np.concatenate((self._sinks[start:stop], text)) if start < sinks else text
 
     def _locate(self, index: int) -> tuple[Epoch, int]:
         """Epoch of a row and the epoch's token at which the row starts."""

@@ -113,7 +113,7 @@ def context_gain(
     sums_C = torch.zeros(len(contexts), dtype=torch.float64)
     for window in windows:
         for index, kept in enumerate(contexts):
-            ids = window[-(kept + targets) :]
+            ids = np.concatenate((np.array(model.config.sink_ids, np.int64), window[-(kept + targets) :]))
             tokens, labels = ids[:-1], ids[1:].copy()
             labels[:-targets] = IGNORED
             context = _context(mesh, model, _LAYOUT, len(tokens), (0,))
@@ -187,7 +187,10 @@ def _target_bytes(
     """
     total = 0
     for start, stop in zip(documents, (*documents[1:], len(tokens_S)), strict=True):
-        ids = [int(tokens_S[start]), *(int(label) for label in labels_S[start:stop] if label != IGNORED)]
+        targets = start + np.flatnonzero(labels_S[start:stop] != IGNORED)
+        if not len(targets):
+            continue
+        ids = [int(tokens_S[targets[0]]), *labels_S[targets].tolist()]
         total += len(decode(ids).encode()) - len(decode(ids[:1]).encode())
     return total
 

@@ -145,7 +145,9 @@ def _length_of(config: Config | None, shape: Model) -> int:
 
 def _perplexity(request: Request, subject: _Subject, mesh: Mesh) -> Mapping[str, Any]:
     sources = [(subject.valid, Source(path=subject.valid.folder))]
-    rows = agree(mesh, lambda: Rows(sources, subject.length, request.seed, shuffle=False))
+    rows = agree(
+        mesh, lambda: Rows(sources, subject.length, request.seed, shuffle=False, sinks=subject.model.config.sink_ids)
+    )
     num_rows = min(request.rows, rows.num_rows_per_epoch)
     with Progress("perplexity", num_rows + _WINDOWS, visible=mesh.is_first) as progress:
         scores = by_position(

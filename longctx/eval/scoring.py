@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from longctx.cache.sinks import with_sinks
 from longctx.generate.decode import LanguageModel, advance
 from longctx.model.head import IGNORED
 from longctx.sequence.context import SequenceContext
@@ -42,14 +43,14 @@ class Prompt:
     """A prompt that has been run once and can then be continued in many ways, on one rank.
 
     Args:
-        tokens: ids of the prompt, at least one.
+        tokens: ids of the prompt, at least one; the model's sink tokens are put before them.
     """
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel, tokens: Sequence[int], device: torch.device | str = "cpu") -> None:
         self._model = model
         self._device = device
-        hidden_1TD, self._run = advance(model, self._ids(tokens))
+        hidden_1TD, self._run = advance(model, self._ids(with_sinks(tokens, model.config)))
         self._last_V = self._log_probs(hidden_1TD[:, -1:])[0]
 
     @torch.no_grad()

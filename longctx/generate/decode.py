@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import all_compressed
+from longctx.cache.sinks import with_sinks
 from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
@@ -125,6 +126,8 @@ def decode_ids(
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, ``max_tokens`` times; all prompts have the same length.
 
+    The model's sink tokens, if it has any, are put before them.
+
     Args:
         streams: number of each prompt's random stream (see :class:`Sampling`); default: its row.
         cache: how keys and values are stored.
@@ -139,7 +142,7 @@ def decode_ids(
     generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
     device = model.head.weight.device
     done = None
-    chosen = torch.tensor(prompts, dtype=torch.int64, device=device)
+    chosen = torch.tensor([with_sinks(prompt, model.config) for prompt in prompts], dtype=torch.int64, device=device)
     for _ in range(max_tokens):
         for part in torch.split(chosen, chunk or chosen.shape[1], dim=1):
             hidden_B1D, done = advance(model, part, done, last_only=True, cache=cache)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV, all_compressed
+from longctx.cache.sinks import with_sinks
 from longctx.errors import ConfigError, DataError
 from longctx.generate.decode import Decoded, LanguageModel, advance
 from longctx.sequence.context import SequenceContext
@@ -83,7 +84,7 @@ def speculate_ids(
     """
     if not prompt:
         raise DataError("the prompt is empty; give at least one token to continue")
-    device, ids, done = model.head.weight.device, list(prompt), None
+    device, ids, done = model.head.weight.device, with_sinks(prompt, model.config), None
     for part in torch.split(torch.tensor([ids], device=device), chunk or len(ids), dim=1):
         hidden_1TD, done = advance(model, part, done, last_only=True, cache=cache or CacheOptions())
     assert done is not None

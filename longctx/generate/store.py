@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.sinks import protecting
 from longctx.config.schema import Model
 from longctx.errors import DataError, UnsupportedError
 from longctx.generate.decode import Decoded, LanguageModel
@@ -64,7 +65,7 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         tokens = tensors.pop("tokens")
-        state = _put_together(json.loads(header["state"]), tensors, cache or CacheOptions())
+        state = _put_together(json.loads(header["state"]), tensors, protecting(cache or CacheOptions(), model.config))
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read the decode state {path}: {error}") from None
     except (KeyError, ValueError, TypeError, IndexError) as error:

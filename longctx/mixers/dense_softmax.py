@@ -39,14 +39,19 @@ class DenseSoftmaxMixer(SoftmaxMixer):
         if state is not None:
             check_state(state, context, self.rope)
             k_GSKE, v_GSKE = state = state.append(k_GSKE, v_GSKE)
-        (mixed_GJHE,) = run_once(_attend, (q_GJHE, k_GSKE, v_GSKE), context.kept)
+        bias_2KE = None if self.kv_bias is None else self.kv_bias()
+        (mixed_GJHE,) = run_once(_attend, (q_GJHE, k_GSKE, v_GSKE, bias_2KE), context.kept)
         return self.o_proj(mixed_GJHE.flatten(2)), state
 
 
-def _attend(q_GJHE: Tensor, k_GSKE: Tensor, v_GSKE: Tensor) -> tuple[Tensor]:
-    """The queries are the last J of S positions."""
+def _attend(q_GJHE: Tensor, k_GSKE: Tensor, v_GSKE: Tensor, bias_2KE: Tensor | None = None) -> tuple[Tensor]:
+    """The queries are the last J of S positions; the bias, where there is one, is a key before all."""
     new, seen = q_GJHE.shape[1], k_GSKE.shape[1]
     visible_JS = torch.ones(new, seen, dtype=torch.bool, device=q_GJHE.device).tril(seen - new)
+    if bias_2KE is not None:
+        k_1KE, v_1KE = (t.to(k_GSKE.dtype).expand(len(k_GSKE), 1, -1, -1) for t in bias_2KE)
+        k_GSKE, v_GSKE = torch.cat((k_1KE, k_GSKE), dim=1), torch.cat((v_1KE, v_GSKE), dim=1)
+        visible_JS = torch.cat((visible_JS.new_ones(new, 1), visible_JS), dim=1)
     q, k, v = (torch.split(t.transpose(1, 2), _ROWS) for t in (q_GJHE, k_GSKE, v_GSKE))
     grouped = q_GJHE.shape[2] != k_GSKE.shape[2]
     mixed = [

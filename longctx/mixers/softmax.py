@@ -1,11 +1,16 @@
 """Softmax attention: grouped heads, optional biases, per-head query/key norm, rotary positions, sliding window.
 
+``mixer_options: {softmax: {kv_bias: true}}`` gives every kv head a learned key and value that all queries see, the
+explicit attention bias of Massive Activations (Sun et al., arXiv 2402.17762): heads that want to attend to nothing need
+no token for it. The key is not rotated: to a rotated query it stands at position 0.
+
 Shapes: B batch, T local tokens, S past and new tokens, D model, H query heads, K kv heads, E head dim.
 """
 
 from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from longctx.attention import attention
@@ -13,10 +18,10 @@ from longctx.attention.traffic import Call, planned_traffic
 from longctx.cache.attend import cached_attention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
-from longctx.config.schema import Model
+from longctx.config.schema import Model, Section
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
-from longctx.mixers.layers import Linear, RMSNorm
+from longctx.mixers.layers import Learned, Linear, RMSNorm
 from longctx.positions.rope import RotaryEmbedding
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.context import SequenceContext
@@ -37,6 +42,12 @@ class KVState(NamedTuple):
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor) -> "KVState":
         """A new state that also holds these tokens."""
         return KVState(torch.cat((self.k_BSKE, k_BTKE), dim=1), torch.cat((self.v_BSKE, v_BTKE), dim=1))
+
+
+def learned_pair(kv_heads: int, head_dim: int) -> Learned:
+    """A key and a value of every kv head, [2, K, E], from N(0, 0.02) as in the paper's code."""
+    shape = (2, kv_heads, head_dim)
+    return Learned(shape, lambda generator: torch.randn(shape, generator=generator) * 0.02)
 
 
 def survives(rope: RotaryEmbedding, past: int, length: int) -> bool:
@@ -61,9 +72,16 @@ def check_state(state: KVState | RaggedKV, context: SequenceContext, rope: Rotar
         )
 
 
+class SoftmaxOptions(Section):
+    """What can be set."""
+
+    kv_bias: bool = Field(False, description="a learned key and value per kv head, seen by every query")
+
+
 class SoftmaxMixer(Mixer):
     """Exact causal softmax attention over the whole sequence or a window of it."""
 
+    Options: ClassVar[type[Section]] = SoftmaxOptions
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
@@ -80,6 +98,8 @@ class SoftmaxMixer(Mixer):
         self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        options: SoftmaxOptions = self.options(config, layer)
+        self.kv_bias = learned_pair(kv_heads, head_dim) if options.kv_bias else None
 
     @classmethod
     def state_size(cls, config: Model, layer: int) -> StateSize:
@@ -131,13 +151,14 @@ class SoftmaxMixer(Mixer):
             check_state(state, context, self.rope)
         elif context.past:
             raise ValueError(f"the context has {context.past} past tokens but no state holds them")
+        bias_2KE = None if self.kv_bias is None else self.kv_bias()
         if isinstance(state, RaggedKV):
             state = state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
-            mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window)
+            mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window, bias_2KE=bias_2KE)
             state = state.attended(q_BTHE)
         else:
             if state is not None:
                 state = state.append(k_BTKE, v_BTKE)
                 k_BTKE, v_BTKE = state
-            mixed_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window)
+            mixed_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, context, causal=True, window=self.window, bias_2KE=bias_2KE)
         return self.o_proj(mixed_BTHE.flatten(2)), state

@@ -211,11 +211,11 @@ def build_native(config: Model, *, recompute: bool = False, seed: int | None = 0
 
 
 def _inside(config: Model) -> Model:
-    """The section as the layers inside blocks read it: softmax in all of them."""
+    """The section as the layers inside blocks read it: softmax in all of them, with a bias where blocks have one."""
     plain: dict[str, Any] = {
         "mixer": "softmax",
         "layers": None,
-        "mixer_options": {},
+        "mixer_options": {"softmax": {"kv_bias": True}} if config.kv_bias else {},
         "block": None,
         "num_layers": config.token_layers,
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.sinks import protecting
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
 from longctx.mixers import MIXERS, Mixer
@@ -186,7 +187,9 @@ class CausalLM(nn.Module):
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
             return tuple(mixer.empty_state(batch, like) for mixer in mixers)
-        cache = replace(cache, starts={})  # of this batch: its layers share what they start from
+        cache = protecting(
+            replace(cache, starts={}), self.config
+        )  # of this batch: its layers share what they start from
         caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
         states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
         if not any(isinstance(state, RaggedKV) for state in states):

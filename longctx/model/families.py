@@ -116,6 +116,8 @@ def to_hf_config(config: Model, dtype: str = "float32") -> dict[str, Any]:
         # Readers older than transformers 5 look for the base here.
         "rope_theta": config.rope.rope_theta,
     }
+    if config.sink_tokens:
+        values["longctx_sink_tokens"] = config.sink_tokens
     return values | _bias_values(config, family) | _window_values(config, family)
 
 
@@ -178,6 +180,7 @@ def _model_values(values: Mapping[str, Any], family: Family, file: Path) -> dict
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "bos_token_id": _first(values.get("bos_token_id")),
         "eos_token_id": _first(values.get("eos_token_id")),
+        "sink_tokens": values.get("longctx_sink_tokens", 0),
         **_windows(values, family, file),
     }
 

@@ -53,6 +53,11 @@ def save_hf(
         raise ConfigError(f"a Block Transformer (model.block) has no place in a {config.family} folder")
     if others := sorted(set(config.mixers) - {"softmax"}):
         raise ConfigError(f"the mixer {others[0]!r} has no place in a {config.family} folder; only softmax exports")
+    if config.kv_bias:
+        raise ConfigError(
+            "the learned keys and values of model.mixer_options.softmax.kv_bias have no place in a "
+            f"{config.family} folder"
+        )
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype
     hf_config = to_hf_config(config, str(dtype).removeprefix("torch."))
@@ -61,7 +66,7 @@ def save_hf(
         _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
         if tokenizer_dir is not None:
-            export_tokenizer(Path(tokenizer_dir), partial)
+            export_tokenizer(Path(tokenizer_dir), partial, config.sink_ids)
 
 
 def save_attached(

@@ -7,7 +7,7 @@ order pieces of equal total score differently (two then three spaces, or three t
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,29 @@ _SAMPLES = (
 )
 
 
-def export_tokenizer(source: Path, folder: Path) -> None:
+def export_tokenizer(source: Path, folder: Path, sinks: Sequence[int] = ()) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` (and the original SentencePiece model) into ``folder``.
+
+    Args:
+        sinks: ids of the model's sink tokens, which the settings name ``<|sink_0|>`` and so on; they must follow those
+            of the tokenizer, since transformers leaves no gaps.
 
     Raises:
         DataError: there is no readable tokenizer, or it cannot be converted without changing ids.
     """
     tokenizer = load_tokenizer(source)
+    _check_sinks(tokenizer, sinks)
     for file in tokenizer.files:
         shutil.copy(file, folder / file.name)
     if tokenizer.path.suffix == ".json":
-        if not (folder / "tokenizer_config.json").is_file():
-            _write_settings(folder, _json_specials(tokenizer))
+        if sinks or not (folder / "tokenizer_config.json").is_file():
+            _write_settings(folder, {**_json_specials(tokenizer), **_named(sinks)})
         return
     pieces = _Pieces(tokenizer.path)
     converted = pieces.convert()
     _check_same(tokenizer, converted, ordered=pieces.is_bpe)
     converted.save(str(folder / "tokenizer.json"))
-    _write_settings(folder, pieces.specials)
+    _write_settings(folder, {**pieces.specials, **_named(sinks)})
 
 
 class _Pieces:
@@ -132,6 +137,21 @@ def _check_same(tokenizer: Tokenizer, converted: Any, ordered: bool) -> None:
             )
 
 
+def _check_sinks(tokenizer: Tokenizer, sinks: Sequence[int]) -> None:
+    if sinks and sinks[0] != tokenizer.vocab_size:
+        raise DataError(
+            f"the sink tokens have the ids {sinks[0]} to {sinks[-1]}, and the {tokenizer.vocab_size} tokens of "
+            f"{tokenizer.path} end before; transformers leaves no gaps: train without model.vocab_size to export them"
+        )
+
+
+def _named(sinks: Sequence[int]) -> dict[str, Any]:
+    """The setting by which transformers adds special tokens to those of a tokenizer."""
+    names = {str(token): f"<|sink_{number}|>" for number, token in enumerate(sinks)}
+    known = {token: {"content": name, "special": True, "normalized": False} for token, name in names.items()}
+    return {"added_tokens_decoder": known} if sinks else {}
+
+
 def _json_specials(tokenizer: Tokenizer) -> dict[str, str]:
     from tokenizers import Tokenizer as Library
 
@@ -140,14 +160,17 @@ def _json_specials(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: str(library.id_to_token(i)) for name, i in found.items() if i is not None}
 
 
-def _write_settings(folder: Path, specials: dict[str, str]) -> None:
+def _write_settings(folder: Path, specials: dict[str, Any]) -> None:
     """Keep what is set; name the generic class, as those of models such as Llama's rebuild the tokenizer their way."""
     file = folder / "tokenizer_config.json"
+    known = json.loads(file.read_bytes()) if file.is_file() else {}
+    if "added_tokens_decoder" in specials:
+        known["added_tokens_decoder"] = {**known.get("added_tokens_decoder", {}), **specials["added_tokens_decoder"]}
     settings = {
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
         **specials,
-        **(json.loads(file.read_bytes()) if file.is_file() else {}),
+        **known,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

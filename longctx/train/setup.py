@@ -38,10 +38,10 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
     agree(mesh, lambda: check_run_folder(config) if mesh.is_first else None)
     corpora = agree(mesh, lambda: _open(config, mesh, "train"))
     tokenizer = agree(mesh, lambda: _tokenizer(config, corpora))
-    rows = agree(mesh, lambda: _rows(config, corpora, shuffle=True))
     model_config = agree(mesh, lambda: resolve_model(config, tokenizer))
+    rows = agree(mesh, lambda: _rows(config, model_config, corpora, shuffle=True))
     agree(mesh, lambda: check_exportable(model_config))
-    validation = agree(mesh, lambda: _validation(config, mesh))
+    validation = agree(mesh, lambda: _validation(config, model_config, mesh))
     latest = agree(mesh, lambda: _latest(config.run, mesh))
     state = agree(mesh, lambda: _state(latest, corpora)) if latest else None
     model = agree(mesh, lambda: build_model(config, model_config, latest))
@@ -72,10 +72,11 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
         model = model.over(read_hf_config(model.from_hf))
     update: dict[str, int] = {}
     if model.vocab_size is None:
-        update["vocab_size"] = tokenizer.vocab_size
-    elif model.vocab_size < tokenizer.vocab_size:
+        update["vocab_size"] = tokenizer.vocab_size + model.sink_tokens
+    elif model.vocab_size < tokenizer.vocab_size + model.sink_tokens:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {model.vocab_size}; "
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {model.vocab_size}, of which "
+            f"{model.sink_tokens} are sink tokens; "
             "raise model.vocab_size or build the corpus with the model's own tokenizer"
         )
     length = config.sequence.length
@@ -180,9 +181,9 @@ def _tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
     return tokenizer
 
 
-def _rows(config: Config, corpora: list[Corpus], *, shuffle: bool) -> Rows:
+def _rows(config: Config, model: Model, corpora: list[Corpus], *, shuffle: bool) -> Rows:
     sources = list(zip(corpora, config.data.sources, strict=True))
-    return Rows(sources, config.sequence.length, config.data.seed, shuffle=shuffle)
+    return Rows(sources, config.sequence.length, config.data.seed, shuffle=shuffle, sinks=model.sink_ids)
 
 
 def _latest(run: Path, mesh: Mesh) -> Path | None:
@@ -228,11 +229,11 @@ def _trackers(config: Config, mesh: Mesh) -> list[Callback]:
     return callbacks
 
 
-def _validation(config: Config, mesh: Mesh) -> Validation | None:
+def _validation(config: Config, model: Model, mesh: Mesh) -> Validation | None:
     if not config.train.eval_every:
         return None
     try:
-        rows = _rows(config, _open(config, mesh, "valid"), shuffle=False)
+        rows = _rows(config, model, _open(config, mesh, "valid"), shuffle=False)
     except DataError as error:
         raise DataError(f"train.eval_every = {config.train.eval_every} needs a held-out split: {error}") from error
     return Validation(rows, min(config.train.eval_batches * config.train.batch, rows.num_rows_per_epoch))

@@ -78,7 +78,7 @@ def problem_of(case: Case, world: int, rng: random.Random) -> Problem:
         length, starts, heads, kv_heads, rng.choice([4, 8, 5]), layout,
         causal=not mask.startswith("bidirectional"), window=rng.choice([2, 5, 11]) if "window" in mask else None,
         sink=mask == "sink" or rng.random() < 0.2, scheme=scheme, inner=rng.choice([1, 2, 3, 4]),
-        empty_rank=documents == "empty rank", seed=rng.randrange(2**31),
+        empty_rank=documents == "empty rank", seed=rng.randrange(2**31), bias=rng.random() < 0.3,
     )  # fmt: skip
 
 

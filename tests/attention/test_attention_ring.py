@@ -132,7 +132,7 @@ def blind_here(kv_heads: int) -> list[torch.Tensor]:
     schedules = Schedules(plan)
     back = schedules.back if kv_heads == 2 else None
     call = RingCall(plan, group, schedules.there, back, None, CPU_FLASH, Scoring(0.5))
-    out, lse = RingAttention.apply(q, k, v, None, call)  # type: ignore[no-untyped-call]
+    out, lse = RingAttention.apply(q, k, v, None, None, call)  # type: ignore[no-untyped-call]
     out.backward(torch.ones_like(out))
     assert q.grad is not None and k.grad is not None and v.grad is not None
     return [out.detach(), lse, q.grad, k.grad, v.grad]

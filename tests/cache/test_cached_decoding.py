@@ -22,7 +22,9 @@ SIZES = {
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"mixer": name} for name in MIXERS},
     "window": {"sliding_window": 9, "window_layers": [False, True]},
+    "kv_bias": {"sliding_window": 9, "window_layers": [False, True], "mixer_options": {"softmax": {"kv_bias": True}}},
     "block": {"block": {"size": 4, "layers": 1}},
+    "block_bias": {"block": {"size": 4, "layers": 1}, "mixer_options": {"softmax": {"kv_bias": True}}},
 }
 
 
@@ -46,7 +48,7 @@ def test_decoding_equals_the_forward(name: str, seed: int) -> None:
             outputs.append(output.hidden_BTD)
         torch.testing.assert_close(torch.cat(outputs, dim=1), wanted, rtol=1e-10, atol=1e-10)
     caches = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, RaggedKV)]
-    assert len(caches) == {"softmax": 2, "window": 2, "yoco": 1, "block": 2}.get(name, 0)
+    assert len(caches) == {"softmax": 2, "window": 2, "kv_bias": 2, "yoco": 1, "block": 2, "block_bias": 2}.get(name, 0)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def decoded(name: str, seed: int, inner: int | None = None) -> tuple[torch.Tenso
     return torch.cat(outputs, dim=1), lengths, ledger.transfers
 
 
-@pytest.mark.parametrize("name", ["softmax", "window", "yoco"])
+@pytest.mark.parametrize("name", ["softmax", "window", "kv_bias", "yoco"])
 def test_ranks_decode_what_one_decodes(name: str, pool: Pool, seed: int) -> None:
     wanted, whole, _ = decoded(name, seed)
     for world, inner in ((2, None), (3, None), (4, 2)):

@@ -220,6 +220,20 @@ def test_only_softmax_is_said_to_export(
     assert "  export     not possible: only softmax exports\n" in capsys.readouterr().out
 
 
+def test_options_of_softmax_are_checked_and_a_bias_is_said_not_to_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: an option that a plain softmax model does not know passed the check, which built no layer.
+
+    Fix: the mixers that are given options look at them. Strategy: one that is known, and one that is not.
+    """
+    file = str(write_runnable(tmp_path))
+    assert entry.main(["check", file, "model.mixer_options={softmax: {kv_bias: true}}"]) == 0
+    assert "not possible: no family has a place for model.mixer_options.softmax.kv_bias\n" in capsys.readouterr().out
+    assert entry.main(["check", file, "model.mixer_options={softmax: {bias: true}}"]) == 2
+    assert "softmax has the options: kv_bias" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

@@ -337,6 +337,7 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {},
         {"tie_embeddings": True, "num_kv_heads": 1, "intermediate_size": 40},
         {"qkv_bias": True, "head_dim": 6, "norm_eps": 1e-6},
+        {"mixer_options": {"softmax": {"kv_bias": True}}, "num_kv_heads": 2},
         {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True, "num_kv_heads": 2},
     ],
 )

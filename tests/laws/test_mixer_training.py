@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "wavefront": {"recurrence": {"kind": "armt", "segment": 11, "memory": 3, "keys": 16, "wavefront": True}},
 }
 LARGE: dict[str, dict[str, Any]] = {
+    "kv_bias": {"mixer": "softmax", "init_std": 0.05, "mixer_options": {"softmax": {"kv_bias": True}}},
     "block": {"layers": "[softmax, gated_retention]", "block": {"size": 4, "layers": 2}, "init_std": 0.05},
     "sharing": {
         # Two memories in one decoder: the first layer's values, and keys that are gathered once.

@@ -21,6 +21,7 @@ def run(seed: int, again: bool) -> list[torch.Tensor]:
     x = torch.randn(1, 11, 24, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(24, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     sink = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     context = SequenceContext.single(1, 11, ((0, 4),))
     region = context.keeping(Kept()) if again else context
 
@@ -28,13 +29,13 @@ def run(seed: int, again: bool) -> list[torch.Tensor]:
         q, k, v = (x @ weight).split([16, 8, 8], dim=-1)
         heads: list[Any] = [t.unflatten(-1, (-1, 4)) for t in (q, k, v)]
         first = attention(*heads, region, sink_H=sink)
-        second = attention(*heads, region, window=3)
+        second = attention(*heads, region, window=3, bias_2KE=bias)
         return (first * second).flatten(2)
 
     out = checkpoint(layer, x, use_reentrant=True) if again else layer(x)
     out.square().sum().backward()
     assert region.plan() is context.plan()
-    return [out.detach(), *(t.grad for t in (x, weight, sink) if t.grad is not None)]
+    return [out.detach(), *(t.grad for t in (x, weight, sink, bias) if t.grad is not None)]
 
 
 def test_a_region_that_runs_twice_has_the_same_gradients(seed: int) -> None:
