@@ -8,15 +8,17 @@ Legend: B batch, K kv heads, R = B x K lanes, H query heads, W last queries, E h
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from longctx.cache.ranks import Ranks
+from longctx.cache.rotation import Rotation
 from longctx.cache.scorers import Scorer
 from longctx.cache.select import ranked, select
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, UnsupportedError
 
 Lanes = list[tuple[Tensor, Tensor, Tensor]]
 """Keys [n, E], values [n, E] and positions [n] of every lane."""
@@ -35,6 +37,9 @@ class Policy:
         adaptive: heads of a row share their budgets.
         floor: adaptive: share of its equal budget that a head keeps in any case.
         layers: share of each layer in the budget; they are scaled to a mean of 1. None: equal.
+        positions: a token's place in the "text", or in the "cache": what is evicted leaves no gap, so that no distance
+            is longer than the cache (StreamingLLM). Windows, sinks and recent tokens are those of the text in both.
+            Keys that move are rounded to their dtype, or bits, at every eviction before which they lie.
 
     Raises:
         ConfigError: values that cannot be.
@@ -48,6 +53,7 @@ class Policy:
     adaptive: bool = False
     floor: float = 0.2
     layers: tuple[float, ...] | None = None
+    positions: Literal["text", "cache"] = "text"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
@@ -60,6 +66,8 @@ class Policy:
             raise ConfigError(
                 f"tokens {self.tokens} is below the {self.sinks} sinks and {self.recent} recent tokens that always stay"
             )
+        if self.positions not in ("text", "cache"):
+            raise ConfigError(f"positions {self.positions!r} is not known; use 'text' or 'cache'")
         if self.layers is not None and min(self.layers, default=0) <= 0:
             raise ConfigError("layers needs a share above 0 for every layer")
 
@@ -78,6 +86,24 @@ class Compression:
     scorer: Scorer
     policy: Policy
     layer: int = 0
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the rotation of keys must be known."""
+        return self.scorer.rotates or self.policy.positions == "cache"
+
+    def bound(self, rotation: Rotation | None) -> "Compression":
+        """For keys that are rotated so; None: it is not known how, or depends on the length.
+
+        Raises:
+            UnsupportedError: it must be known.
+        """
+        if rotation is None and self.policy.positions == "cache":
+            raise UnsupportedError(
+                "positions 'cache' of a policy moves cached keys, and how this model rotates them is not known or "
+                "depends on the length; use positions 'text'"
+            )
+        return replace(self, scorer=self.scorer.bound(rotation))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from longctx.cache.layout import BlockLayout
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
+from longctx.cache.rotation import Rotation, close_gaps, evicted_behind
 from longctx.errors import UnsupportedError
 
 
@@ -32,18 +33,21 @@ class RaggedKV:
         window: positions that a query sees; older tokens are evicted. None: all.
         settled: tokens that had been seen when some were evicted last.
         queries_BHWE: the last queries, where the compression asks for some.
+        rotation: of the keys; None: not known, or it depends on the length.
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "seen", "settled", "window",
+        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "rotation", "seen", "settled", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
+        self.rotation = rotation
         pool.users.add(self)
 
     @classmethod
@@ -55,11 +59,16 @@ class RaggedKV:
         like: Tensor,
         options: CacheOptions | None = None,
         window: int | None = None,
+        rotation: Rotation | None = None,
     ) -> "RaggedKV":
-        """No token yet; dtype and device of ``like``."""
-        options = options or CacheOptions()
+        """No token yet; dtype and device of ``like``.
+
+        Raises:
+            UnsupportedError: the compression needs a rotation, and there is none.
+        """
+        options = (options or CacheOptions()).bound(rotation)
         pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
-        return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window)
+        return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window, rotation=rotation)
 
     @property
     def batch(self) -> int:
@@ -133,17 +142,32 @@ class RaggedKV:
         pool = self.pool.copy(layout.capacity)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
         places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
-        return *numbers, places, self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E
+        compression, rotation = options.compression, self.rotation
+        moves = None if compression is None else compression.policy.positions == "cache"
+        frequencies_F = None if rotation is None else rotation.frequencies_F
+        stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
+        return *numbers, places, *stored, frequencies_F, moves
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
-        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say."""
-        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, k, v, position_NC, none_E = parts
-        options = replace(options, block=block, bits=bits, group=group)
+        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say.
+
+        Raises:
+            UnsupportedError: they count positions otherwise than tokens were evicted by.
+        """
+        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
+        k, v, position_NC, none_E, frequencies_F, moves = stored
+        rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
+        options = replace(options, block=block, bits=bits, group=group).bound(rotation)
+        compression, counted = options.compression, "cache" if moves else "text"
+        if settled and moves is not None and compression is not None and compression.policy.positions != counted:
+            raise UnsupportedError(
+                f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
+            )
         pool = Pool(block, Codec(bits, group), none_E)
         pool.k, pool.v, pool.position_NC = k, v, position_NC
         layout = BlockLayout(block, *(t.cpu() for t in places))
-        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE)
+        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -189,6 +213,9 @@ class RaggedKV:
         if masks is None:
             return self
         cache = self.kept(masks)
+        if compression.policy.positions == "cache" and self.rotation is not None:
+            by = evicted_behind([position for _, _, position in tokens], masks, ranks)
+            close_gaps(cache.pool, cache.layout, self.rotation, by)
         return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE)
 
     def _within_window(self) -> "RaggedKV":
@@ -206,7 +233,7 @@ class RaggedKV:
         return RaggedKV(
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
-            self.queries_BHWE if queries_BHWE is None else queries_BHWE,
+            self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
         )  # fmt: skip
 
     def _own_pool(self) -> Pool:
