@@ -28,7 +28,7 @@ class CacheOptions:
         starts: layouts before the first token by number of lanes; layers that share them find places once for all.
 
     Raises:
-        ConfigError: a block without tokens.
+        ConfigError: a block without tokens, or positions in the cache of keys that are rounded to 4 bits.
     """
 
     block: int = 64
@@ -42,6 +42,11 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ConfigError(f"a block of {self.block} tokens; use 1 or more")
+        if self.bits == 4 and self.compression is not None and self.compression.policy.positions == "cache":
+            raise ConfigError(
+                "positions 'cache' rounds keys again whenever they move, and a hundred times to 4 bits leaves nothing "
+                "of them; use 8 bits, or none"
+            )
 
     def check_plain(self, why: str) -> None:
         """Refuse what would have no effect where no keys and values are cached.
@@ -72,6 +77,11 @@ class CacheOptions:
                 f"the policy has shares of {len(shares)} layers and the model {layers}; give one for each"
             )
         return replace(self, compression=replace(self.compression, layer=layer))
+
+    @property
+    def branch(self) -> str | None:
+        """Part of a decoder layer that reports how much tokens are worth; None: none is asked to."""
+        return None if self.compression is None else self.compression.scorer.branch
 
     def bound(self, rotation: Rotation | None) -> "CacheOptions":
         """For keys that are rotated so (see :meth:`Compression.bound`)."""

@@ -67,7 +67,8 @@ class RaggedKV:
             UnsupportedError: the compression needs a rotation, and there is none.
         """
         options = (options or CacheOptions()).bound(rotation)
-        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
+        worth = options.branch is not None
+        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim), worth)
         return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window, rotation=rotation)
 
     @property
@@ -79,6 +80,11 @@ class RaggedKV:
     def blocks(self) -> int:
         """Blocks in use: the sum over lanes of ceil(length / block)."""
         return self.layout.used
+
+    @property
+    def branch(self) -> str | None:
+        """Part of its decoder layer that must report how much new tokens are worth; None: none."""
+        return self.options.branch
 
     @property
     def lengths_R(self) -> Tensor:
@@ -107,6 +113,15 @@ class RaggedKV:
         pool, (layout, places) = self._own_pool(), self.layout.append(taken_RT)
         pool.write(places, layout.capacity, k_RTE, v_RTE, position_RT)
         return self._with(pool, layout, seen=self.seen + tokens)
+
+    def valued(self, worth_BT: Tensor) -> "RaggedKV":
+        """What stays once the worth of the tokens that were just appended is known."""
+        places, pool = self.layout.came, self.pool
+        assert pool.worth_NC is not None
+        row_n = (places.lane_n // self.kv_heads).to(worth_BT.device)
+        worth_n = worth_BT[row_n, places.token_n.to(worth_BT.device)]
+        pool.worth_NC[places.block_n.to(pool.device), places.offset_n.to(pool.device)] = worth_n.to(pool.worth_NC)
+        return self._due()
 
     def truncated(self, before: int) -> "RaggedKV":
         """Without the tokens from position ``before`` on: the roll-back of a speculation.
@@ -146,7 +161,7 @@ class RaggedKV:
         moves = None if compression is None else compression.policy.positions == "cache"
         frequencies_F = None if rotation is None else rotation.frequencies_F
         stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
-        return *numbers, places, *stored, frequencies_F, moves
+        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
@@ -156,7 +171,7 @@ class RaggedKV:
             UnsupportedError: they count positions otherwise than tokens were evicted by.
         """
         block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
-        k, v, position_NC, none_E, frequencies_F, moves = stored
+        k, v, position_NC, none_E, frequencies_F, moves, worth_NC = stored
         rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
         options = replace(options, block=block, bits=bits, group=group).bound(rotation)
         compression, counted = options.compression, "cache" if moves else "text"
@@ -166,6 +181,9 @@ class RaggedKV:
             )
         pool = Pool(block, Codec(bits, group), none_E)
         pool.k, pool.v, pool.position_NC = k, v, position_NC
+        if options.branch is not None:
+            pool.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
+            pool.worth_NC = pool.worth_NC.to(pool.device)
         layout = BlockLayout(block, *(t.cpu() for t in places))
         return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation)
 
@@ -199,8 +217,19 @@ class RaggedKV:
                 )
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
             queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
-        cache = self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)
-        return cache.compressed() if self.seen - self.settled >= compression.policy.every else cache
+        if self.branch is not None:
+            if q_BTHE is None:
+                raise UnsupportedError(
+                    f"{type(compression.scorer).__name__} scores tokens by what their layer does to them, and these "
+                    "keys serve many layers; use a scorer of keys alone"
+                )
+            return self  # for now: the layer has yet to report
+        return self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)._due()
+
+    def _due(self) -> "RaggedKV":
+        compression = self.options.compression
+        enough = compression is not None and self.seen - self.settled >= compression.policy.every
+        return self.compressed() if enough else self
 
     def compressed(self) -> "RaggedKV":
         """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
@@ -209,7 +238,7 @@ class RaggedKV:
             return self
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
         tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
-        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks)
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
         if masks is None:
             return self
         cache = self.kept(masks)
@@ -217,6 +246,22 @@ class RaggedKV:
             by = evicted_behind([position for _, _, position in tokens], masks, ranks)
             close_gaps(cache.pool, cache.layout, self.rotation, by)
         return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE)
+
+    def _worths(self) -> list[Tensor] | None:
+        """Of every lane's tokens, where they are told."""
+        worth_NC = self.pool.worth_NC
+        if worth_NC is None:
+            return None
+        lanes = [
+            worth_NC[self.layout.blocks_of(lane).to(worth_NC.device)].flatten()[:length]
+            for lane, length in enumerate(self.lengths_R.tolist())
+        ]
+        if bool(torch.cat(lanes).isnan().any()):
+            raise UnsupportedError(
+                f"no {self.branch} of this layer reported what its tokens are worth: they were cached under another "
+                "compression; run them again, or use a scorer of keys alone"
+            )
+        return lanes
 
     def _within_window(self) -> "RaggedKV":
         """Without the tokens that no later query sees, once they are a quarter of the window."""

@@ -28,6 +28,9 @@ class Scorer(ABC):
     rotates: ClassVar[bool] = False
     """Whether it must know how keys are rotated."""
 
+    branch: ClassVar[str | None] = None
+    """Part of a decoder layer that reports a number for every token, which then is its score."""
+
     def bound(self, rotation: Rotation | None) -> "Scorer":
         """The scorer of a cache whose keys are rotated so; None: it is not known how."""
         return self

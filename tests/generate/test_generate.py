@@ -247,12 +247,14 @@ def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixtu
     """Chunks change nothing, neither does a cache that keeps everything; one that keeps little does."""
     found = {}
     prompt = "def f(self): return value " * 12
-    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), ("--keep", 40, "--scorer", "random")):
+    small = [("--keep", 40, "--scorer", "recency"), ("--keep", 40, "--scorer", "recency", "--positions", "cache")]
+    small += [("--keep", 40, "--scorer", name) for name in ("random", "expected-attention", "representation-shift")]
+    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), *small):
         options = ("--max-tokens", 24, "--device", "cpu", "--temperature", 1.0, "--chunk", 700, *extra)
         assert _longctx("generate", folder, "--prompt", prompt, *options) == 0
         found[extra] = capsys.readouterr().out
     assert found["--chunk", 7] == found["--keep", 4096] == found[()]
-    assert found["--keep", 40, "--scorer", "random"] != found[()]
+    assert len({found[extra] for extra in ((), *small)}) == 1 + len(small)
 
 
 @pytest.mark.tier2
@@ -277,6 +279,7 @@ def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture
         (("--file", "nowhere.txt"), "cannot read the prompt from nowhere.txt"),
         (("--prompt", "a", "--chunk", "0"), "--chunk must be at least 1"),
         (("--prompt", "a", "--scorer", "tova"), "--scorer tova has no effect without --keep"),
+        (("--prompt", "a", "--positions", "cache"), "--positions cache has no effect without --keep"),
         (("--prompt", "a", "--keep", "1.5"), "--keep 1.5 is neither a number of tokens nor a share"),
         (("--prompt", "a", "--keep", "-3"), "--keep"),
         (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
