@@ -28,7 +28,7 @@ class CacheOptions:
         starts: layouts before the first token by number of lanes; layers that share them find places once for all.
 
     Raises:
-        ConfigError: a block without tokens, or positions in the cache of keys that are rounded to 4 bits.
+        ConfigError: a block without tokens.
     """
 
     block: int = 64
@@ -42,11 +42,6 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ConfigError(f"a block of {self.block} tokens; use 1 or more")
-        if self.bits == 4 and self.compression is not None and self.compression.policy.positions == "cache":
-            raise ConfigError(
-                "positions 'cache' rounds keys again whenever they move, and a hundred times to 4 bits leaves nothing "
-                "of them; use 8 bits, or none"
-            )
 
     def check_plain(self, why: str) -> None:
         """Refuse what would have no effect where no keys and values are cached.
@@ -77,6 +72,11 @@ class CacheOptions:
                 f"the policy has shares of {len(shares)} layers and the model {layers}; give one for each"
             )
         return replace(self, compression=replace(self.compression, layer=layer))
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys move when tokens are evicted."""
+        return self.compression is not None and self.compression.policy.positions == "cache"
 
     @property
     def branch(self) -> str | None:

@@ -36,6 +36,11 @@ class Pool:
         return len(self.position_NC)
 
     @property
+    def rounds(self) -> bool:
+        """Whether a row that is written and read again comes back noticeably changed."""
+        return self.codec.bits is not None or self.none_E.dtype in (torch.bfloat16, torch.float16)
+
+    @property
     def nbytes(self) -> int:
         """Bytes reserved for keys, values, positions and what is told of tokens."""
         told = () if self.worth_NC is None else (self.worth_NC,)

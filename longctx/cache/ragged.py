@@ -20,7 +20,7 @@ from longctx.cache.layout import BlockLayout
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
-from longctx.cache.rotation import Rotation, close_gaps, evicted_behind
+from longctx.cache.rotation import Origin, Rotation, close_gaps, evicted_behind
 from longctx.errors import UnsupportedError
 
 
@@ -34,20 +34,24 @@ class RaggedKV:
         settled: tokens that had been seen when some were evicted last.
         queries_BHWE: the last queries, where the compression asks for some.
         rotation: of the keys; None: not known, or it depends on the length.
+        origin: of keys that have moved, where they are rounded.
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "rotation", "seen", "settled", "window",
+        "__weakref__", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen", "settled",
+        "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
-        rotation: Rotation | None = None,
+        rotation: Rotation | None = None, origin: Origin | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
-        self.rotation = rotation
+        self.rotation, self.origin = rotation, origin
+        if origin is None and options.moves and pool.rounds:
+            self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
 
     @classmethod
@@ -157,11 +161,11 @@ class RaggedKV:
         pool = self.pool.copy(layout.capacity)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
         places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
-        compression, rotation = options.compression, self.rotation
-        moves = None if compression is None else compression.policy.positions == "cache"
-        frequencies_F = None if rotation is None else rotation.frequencies_F
+        moves = None if options.compression is None else options.moves
+        frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
+        origin = None if self.origin is None else tuple(self.origin)
         stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
-        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC
+        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
@@ -171,21 +175,23 @@ class RaggedKV:
             UnsupportedError: they count positions otherwise than tokens were evicted by.
         """
         block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
-        k, v, position_NC, none_E, frequencies_F, moves, worth_NC = stored
+        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin = stored
         rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
         options = replace(options, block=block, bits=bits, group=group).bound(rotation)
-        compression, counted = options.compression, "cache" if moves else "text"
-        if settled and moves is not None and compression is not None and compression.policy.positions != counted:
+        if settled and None not in (moves, options.compression) and moves != options.moves:
+            counted = "cache" if moves else "text"
             raise UnsupportedError(
                 f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
             )
+        if origin is not None:
+            origin = Origin(origin[0], *(t.cpu() for t in origin[1:]))
         pool = Pool(block, Codec(bits, group), none_E)
         pool.k, pool.v, pool.position_NC = k, v, position_NC
         if options.branch is not None:
             pool.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
             pool.worth_NC = pool.worth_NC.to(pool.device)
         layout = BlockLayout(block, *(t.cpu() for t in places))
-        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation)
+        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -241,11 +247,11 @@ class RaggedKV:
         masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
         if masks is None:
             return self
-        cache = self.kept(masks)
-        if compression.policy.positions == "cache" and self.rotation is not None:
+        cache, origin = self.kept(masks), self.origin
+        if self.options.moves and self.rotation is not None:
             by = evicted_behind([position for _, _, position in tokens], masks, ranks)
-            close_gaps(cache.pool, cache.layout, self.rotation, by)
-        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE)
+            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, masks, origin)
+        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE, origin=origin)
 
     def _worths(self) -> list[Tensor] | None:
         """Of every lane's tokens, where they are told."""
@@ -273,12 +279,13 @@ class RaggedKV:
 
     def _with(
         self, pool: Pool, layout: BlockLayout, *, seen: int | None = None, settled: int | None = None,
-        queries_BHWE: Tensor | None = None,
+        queries_BHWE: Tensor | None = None, origin: Origin | None = None,
     ) -> "RaggedKV":  # fmt: skip
         return RaggedKV(
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
+            self.origin if origin is None else origin,
         )  # fmt: skip
 
     def _own_pool(self) -> Pool:

@@ -165,12 +165,13 @@ def test_ranks_close_the_gaps_that_one_closes(name: str, pool: Pool, seed: int) 
         assert together == positions_of(state)
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_only_keys_that_move_are_rounded_again(bits: int | None, seed: int) -> None:
+@pytest.mark.parametrize("bits, dtype", [(None, "float32"), (None, "bfloat16"), (8, "float32"), (4, "float32")])
+def test_only_keys_that_move_are_rounded_again(bits: int | None, dtype: str, seed: int) -> None:
+    """And not once more with every move: many leave what one would have made of the key that came."""
     rope = RotaryEmbedding.from_config(config_of({}))
     rotation = Rotation.of(rope, torch.float32)
     assert rotation is not None
-    k, v = torch.randn(2, 1, 40, 2, 8, generator=torch.Generator().manual_seed(seed))
+    k, v = torch.randn(2, 1, 40, 2, 8, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
     compression = Compression(Recency(), Policy(tokens=12, sinks=3, recent=4, positions="cache"))
     options = CacheOptions(block=4, bits=bits, compression=compression)
     cache = RaggedKV.empty(1, 2, 8, k, options, rotation=rotation).append(k, v, torch.arange(40)[None])
@@ -185,13 +186,53 @@ def test_only_keys_that_move_are_rounded_again(bits: int | None, seed: int) -> N
         assert torch.equal(found_k, torch.cat((moved, old_k[31:])))
         assert torch.equal(found_v, torch.cat((old_v[:3], old_v[31:])))
         assert all(torch.equal(a, b) for a, b in zip(cache.lane(lane), before[lane], strict=True))  # a value
+    state = after
+    for step in range(100):
+        at, more = 40 + 2 * step, torch.randn(1, 2, 2, 8, generator=torch.Generator().manual_seed(step)).to(k)
+        state = state.append(more, more, torch.tensor([[at, at + 1]])).compressed()
+    limit = 1e-4 if dtype == "float32" and bits is None else 0
+    for lane in range(2):
+        once = codec.decode(codec.encode(rotation.moved(before[lane][0][:3], torch.tensor(28 + 200))))
+        assert float((state.lane(lane)[0][:3] - once).abs().max()) <= limit
 
 
-def test_a_state_on_disk_goes_on_counting_as_it_did(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits, dtype", [(None, "float64"), (None, "bfloat16"), (4, "float32")])
+def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, seed: int) -> None:
+    """Whatever goes and when: a key is that of its position, moved once by all that went behind it in its head."""
+    rotation = Rotation.of(RotaryEmbedding.from_config(config_of({})), torch.float64)
+    assert rotation is not None
+    policy = Policy(tokens=12, sinks=1, recent=2, every=1, adaptive=True, floor=0.3, positions="cache")
+    options = CacheOptions(block=4, bits=bits, compression=Compression(KeyNorm(), policy))
+    generator = torch.Generator().manual_seed(seed)
+    like = torch.empty(0, dtype=getattr(torch, dtype))
+    cache, came = RaggedKV.empty(1, 3, 8, like, options, rotation=rotation), [{} for _ in range(3)]  # type: ignore[var-annotated]
+    gone: list[set[int]] = [set(), set(), set()]
+    for _ in range(15):
+        k = torch.randn(1, 7, 3, 8, generator=generator, dtype=torch.float64).to(like)
+        new = torch.arange(cache.seen, cache.seen + 7)
+        cache = cache.append(k, k, new[None])
+        for lane in range(3):
+            keys, _, positions = cache.lane(lane)
+            came[lane] |= dict(zip(new.tolist(), keys[-7:], strict=True))
+        cache = cache.compressed()
+        for lane in range(3):
+            keys, _, positions = cache.lane(lane)
+            gone[lane] = set(came[lane]) - set(positions.tolist())
+            for key, position in zip(keys, positions.tolist(), strict=True):
+                by, wanted = sum(p > position for p in gone[lane]), came[lane][position]
+                if by:
+                    codec, moved = cache.pool.codec, rotation.moved(wanted, torch.tensor(by))
+                    wanted = codec.decode(codec.encode(moved[None]))[0]
+                torch.testing.assert_close(key, wanted, rtol=0, atol=1e-12 if dtype == "float64" else 0)
+    assert len({len(places) for places in gone}) > 1
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_state_on_disk_goes_on_counting_as_it_did(bits: int | None, seed: int, tmp_path: Path) -> None:
     model, file = model_of("softmax", seed), tmp_path / "state.safetensors"
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     policy = Policy(tokens=20, sinks=2, recent=5, every=1, positions="cache")
-    options = CacheOptions(block=4, compression=Compression(SCORERS["expected"], policy))
+    options = CacheOptions(block=4, bits=bits, compression=Compression(SCORERS["expected"], policy))
     _, done = advance(model, tokens[:, :50], cache=options)
     save_decoded(done, model, file)
     again = load_decoded(file, model, options)
@@ -216,5 +257,3 @@ def test_keys_that_cannot_be_moved_are_refused(name: str) -> None:
     model.empty_state(1, CacheOptions(compression=Compression(Recency(), Policy(ratio=0.5))))
     with pytest.raises(ConfigError, match="positions 'index' is not known; use 'text' or 'cache'"):
         Policy(ratio=0.5, positions="index")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="a hundred times to 4 bits leaves nothing of them; use 8 bits"):
-        CacheOptions(bits=4, compression=moving)
