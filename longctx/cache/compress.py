@@ -41,6 +41,7 @@ class Policy:
         positions: a token's place in the "text", or in the "cache": what is evicted leaves no gap, so that no distance
             is longer than the cache (StreamingLLM). Windows, sinks and recent tokens are those of the text in both.
             Keys of half precision or few bits that have moved are also kept as they came, so that errors do not add up.
+            Scorers that look at some queries need as many recent tokens: queries do not move.
 
     Raises:
         ConfigError: values that cannot be.

@@ -141,6 +141,23 @@ def test_heads_close_gaps_of_their_own(more: dict[str, Any], seed: int) -> None:
         assert worst < 1e-10 and times > 2
 
 
+@pytest.mark.parametrize("mixer, layers", [("softmax", 1), ("yoco", 2)])
+@torch.no_grad()
+def test_new_tokens_see_a_text_without_what_is_gone(mixer: str, layers: int, seed: int) -> None:
+    """Where keys depend on their own token alone: one layer, or layers that share the keys of the first."""
+    model: Any = build_native(Model.model_validate({**SIZES, "num_layers": layers, "mixer": mixer}), seed=seed).double()
+    tokens = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+    policy = Policy(tokens=14, sinks=3, recent=11, every=1, positions="cache")
+    state = model.empty_state(1, CacheOptions(block=4, compression=Compression(Recency(), policy)))
+    context, short = SequenceContext.single(1, 0), tokens[:, :0]
+    for part in tokens.split(PIECES, dim=1):
+        context, short = context.extend(part.shape[1]), torch.cat((short, part), dim=1)
+        output = model(part, context, state=state)
+        wanted = model(short, SequenceContext.single(1, short.shape[1])).hidden_BTD[:, -part.shape[1] :]
+        torch.testing.assert_close(output.hidden_BTD, wanted, rtol=1e-10, atol=1e-10)
+        state, short = output.state, torch.cat((short[:, :3], short[:, -11:]), dim=1)
+
+
 def decoded_here(name: str, policy: Policy, seed: int) -> tuple[torch.Tensor, list[list[list[int]]]]:
     ranks = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
     found, state = decoded(CacheOptions(block=4, ranks=ranks, compression=Compression(SCORERS[name], policy)), seed)

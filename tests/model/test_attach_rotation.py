@@ -44,6 +44,9 @@ def test_other_ways_to_tell_positions_are_refused(family: str, more: dict[str, A
         policy: Any = Policy(ratio=0.5, positions=positions)
         with pytest.raises(UnsupportedError, match=r"(this model rotates them|how this model rotates) .*is not known"):
             model.empty_state(1, CacheOptions(compression=Compression(scorer, policy)))
+        refused = pytest.raises(UnsupportedError, match="rotates")
+        with refused, longctx.compress(model.hf, scorer, policy):
+            pass
     model.empty_state(1, CacheOptions(compression=Compression(Recency(), Policy(ratio=0.5))))
 
 
