@@ -8,15 +8,18 @@ Legend: B batch, K kv heads, R = B x K lanes, H query heads, W last queries, E h
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from longctx.cache.ranks import Ranks
+from longctx.cache.rotation import Rotation
 from longctx.cache.scorers import Scorer
 from longctx.cache.select import ranked, select
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, UnsupportedError
 
 Lanes = list[tuple[Tensor, Tensor, Tensor]]
 """Keys [n, E], values [n, E] and positions [n] of every lane."""
@@ -35,6 +38,10 @@ class Policy:
         adaptive: heads of a row share their budgets.
         floor: adaptive: share of its equal budget that a head keeps in any case.
         layers: share of each layer in the budget; they are scaled to a mean of 1. None: equal.
+        positions: a token's place in the "text", or in the "cache": what is evicted leaves no gap, so that no distance
+            is longer than the cache (StreamingLLM). Windows, sinks and recent tokens are those of the text in both.
+            Keys of half precision or few bits that have moved are also kept as they came, so that errors do not add up.
+            Scorers that look at some queries need as many recent tokens: queries do not move.
 
     Raises:
         ConfigError: values that cannot be.
@@ -48,6 +55,7 @@ class Policy:
     adaptive: bool = False
     floor: float = 0.2
     layers: tuple[float, ...] | None = None
+    positions: Literal["text", "cache"] = "text"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.tokens is None):
@@ -60,6 +68,8 @@ class Policy:
             raise ConfigError(
                 f"tokens {self.tokens} is below the {self.sinks} sinks and {self.recent} recent tokens that always stay"
             )
+        if self.positions not in ("text", "cache"):
+            raise ConfigError(f"positions {self.positions!r} is not known; use 'text' or 'cache'")
         if self.layers is not None and min(self.layers, default=0) <= 0:
             raise ConfigError("layers needs a share above 0 for every layer")
 
@@ -73,28 +83,60 @@ class Policy:
 
 @dataclass(frozen=True)
 class Compression:
-    """A scorer and a policy, for one layer."""
+    """A scorer and a policy, for one layer.
+
+    Raises:
+        ConfigError: the policy does not protect what the scorer needs.
+    """
 
     scorer: Scorer
     policy: Policy
     layer: int = 0
 
+    def __post_init__(self) -> None:
+        if self.scorer.branch is not None and self.policy.recent < 1:
+            raise ConfigError(
+                f"{type(self.scorer).__name__} does not look at what comes after a token, so the last one must stay in "
+                "any case; use recent 1 or more"
+            )
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the rotation of keys must be known."""
+        return self.scorer.rotates or self.policy.positions == "cache"
+
+    def bound(self, rotation: Rotation | None) -> "Compression":
+        """For keys that are rotated so; None: it is not known how, or depends on the length.
+
+        Raises:
+            UnsupportedError: it must be known.
+        """
+        if rotation is None and self.policy.positions == "cache":
+            raise UnsupportedError(
+                "positions 'cache' of a policy moves cached keys, and how this model rotates them is not known or "
+                "depends on the length; use positions 'text'"
+            )
+        return replace(self, scorer=self.scorer.bound(rotation))
+
 
 @torch.no_grad()
 def kept_tokens(
-    tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, compression: Compression, ranks: Ranks
-) -> list[Tensor] | None:
+    tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, compression: Compression, ranks: Ranks,
+    worths: Sequence[Tensor] | None = None,
+) -> list[Tensor] | None:  # fmt: skip
     """Which tokens of every lane stay, as masks; None: all.
 
     Args:
         tokens: those of every lane on this rank.
+        worths: fp32 [n] of every lane, where layers report scores.
     """
     policy, lanes = compression.policy, len(tokens)
     budget = policy.budget(ranks.seen, compression.layer)
     lengths_R = torch.tensor([len(position) for _, _, position in tokens])
     if bool((ranks.total(lengths_R) <= budget).all()):
         return None
-    score_n = torch.cat(_scores(tokens, kv_heads, queries_BHWE, compression.scorer, ranks)).cpu()
+    scores = worths or _scores(tokens, kv_heads, queries_BHWE, compression.scorer, ranks)
+    score_n = torch.cat(list(scores)).cpu()
     position_n = torch.cat([position for _, _, position in tokens]).cpu()
     lane_n = torch.repeat_interleave(torch.arange(lanes), lengths_R)
     always_n = (position_n < policy.sinks) | (position_n >= ranks.seen - policy.recent)

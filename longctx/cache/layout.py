@@ -95,7 +95,13 @@ class BlockLayout:
         """The layout with these of T tokens behind every lane, and where they go."""
         key = ("append", taken_RT.shape[1], taken_RT.numpy().tobytes())
         after = self._shared(key, lambda: self._appended(taken_RT))
-        return after, after._made["came"]
+        return after, after.came
+
+    @property
+    def came(self) -> Places:
+        """Where the last tokens went that were appended; only of a layout that :meth:`append` made."""
+        places: Places = self._made["came"]
+        return places
 
     def _shared(self, key: Any, make: Callable[[], "BlockLayout"]) -> "BlockLayout":
         found = self._after.get(key)

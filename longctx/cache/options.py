@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longctx.cache.compress import Compression
 from longctx.cache.layout import BlockLayout
+from longctx.cache.rotation import Rotation
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -71,6 +72,20 @@ class CacheOptions:
                 f"the policy has shares of {len(shares)} layers and the model {layers}; give one for each"
             )
         return replace(self, compression=replace(self.compression, layer=layer))
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys move when tokens are evicted."""
+        return self.compression is not None and self.compression.policy.positions == "cache"
+
+    @property
+    def branch(self) -> str | None:
+        """Part of a decoder layer that reports how much tokens are worth; None: none is asked to."""
+        return None if self.compression is None else self.compression.scorer.branch
+
+    def bound(self, rotation: Rotation | None) -> "CacheOptions":
+        """For keys that are rotated so (see :meth:`Compression.bound`)."""
+        return self if self.compression is None else replace(self, compression=self.compression.bound(rotation))
 
     def owned(self, position: Tensor) -> Tensor:
         """Which positions this rank keeps, on the host; one rank alone waits for no device to tell them."""

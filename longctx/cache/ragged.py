@@ -20,6 +20,7 @@ from longctx.cache.layout import BlockLayout
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
+from longctx.cache.rotation import Origin, Rotation, close_gaps, evicted_behind
 from longctx.errors import UnsupportedError
 
 
@@ -32,18 +33,25 @@ class RaggedKV:
         window: positions that a query sees; older tokens are evicted. None: all.
         settled: tokens that had been seen when some were evicted last.
         queries_BHWE: the last queries, where the compression asks for some.
+        rotation: of the keys; None: not known, or it depends on the length.
+        origin: of keys that have moved, where they are rounded.
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "seen", "settled", "window",
+        "__weakref__", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen", "settled",
+        "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
+        rotation: Rotation | None = None, origin: Origin | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
+        self.rotation, self.origin = rotation, origin
+        if origin is None and options.moves and pool.rounds:
+            self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
 
     @classmethod
@@ -55,11 +63,17 @@ class RaggedKV:
         like: Tensor,
         options: CacheOptions | None = None,
         window: int | None = None,
+        rotation: Rotation | None = None,
     ) -> "RaggedKV":
-        """No token yet; dtype and device of ``like``."""
-        options = options or CacheOptions()
-        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim))
-        return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window)
+        """No token yet; dtype and device of ``like``.
+
+        Raises:
+            UnsupportedError: the compression needs a rotation, and there is none.
+        """
+        options = (options or CacheOptions()).bound(rotation)
+        worth = options.branch is not None
+        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim), worth)
+        return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window, rotation=rotation)
 
     @property
     def batch(self) -> int:
@@ -70,6 +84,11 @@ class RaggedKV:
     def blocks(self) -> int:
         """Blocks in use: the sum over lanes of ceil(length / block)."""
         return self.layout.used
+
+    @property
+    def branch(self) -> str | None:
+        """Part of its decoder layer that must report how much new tokens are worth; None: none."""
+        return self.options.branch
 
     @property
     def lengths_R(self) -> Tensor:
@@ -98,6 +117,15 @@ class RaggedKV:
         pool, (layout, places) = self._own_pool(), self.layout.append(taken_RT)
         pool.write(places, layout.capacity, k_RTE, v_RTE, position_RT)
         return self._with(pool, layout, seen=self.seen + tokens)
+
+    def valued(self, worth_BT: Tensor) -> "RaggedKV":
+        """What stays once the worth of the tokens that were just appended is known."""
+        places, pool = self.layout.came, self.pool
+        assert pool.worth_NC is not None
+        row_n = (places.lane_n // self.kv_heads).to(worth_BT.device)
+        worth_n = worth_BT[row_n, places.token_n.to(worth_BT.device)]
+        pool.worth_NC[places.block_n.to(pool.device), places.offset_n.to(pool.device)] = worth_n.to(pool.worth_NC)
+        return self._due()
 
     def truncated(self, before: int) -> "RaggedKV":
         """Without the tokens from position ``before`` on: the roll-back of a speculation.
@@ -133,17 +161,37 @@ class RaggedKV:
         pool = self.pool.copy(layout.capacity)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
         places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
-        return *numbers, places, self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E
+        moves = None if options.compression is None else options.moves
+        frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
+        origin = None if self.origin is None else tuple(self.origin)
+        stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
+        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
-        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say."""
-        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, k, v, position_NC, none_E = parts
-        options = replace(options, block=block, bits=bits, group=group)
+        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say.
+
+        Raises:
+            UnsupportedError: they count positions otherwise than tokens were evicted by.
+        """
+        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
+        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin = stored
+        rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
+        options = replace(options, block=block, bits=bits, group=group).bound(rotation)
+        if settled and None not in (moves, options.compression) and moves != options.moves:
+            counted = "cache" if moves else "text"
+            raise UnsupportedError(
+                f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
+            )
+        if origin is not None:
+            origin = Origin(origin[0], *(t.cpu() for t in origin[1:]))
         pool = Pool(block, Codec(bits, group), none_E)
         pool.k, pool.v, pool.position_NC = k, v, position_NC
+        if options.branch is not None:
+            pool.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
+            pool.worth_NC = pool.worth_NC.to(pool.device)
         layout = BlockLayout(block, *(t.cpu() for t in places))
-        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE)
+        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin)
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -175,8 +223,19 @@ class RaggedKV:
                 )
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
             queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
-        cache = self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)
-        return cache.compressed() if self.seen - self.settled >= compression.policy.every else cache
+        if self.branch is not None:
+            if q_BTHE is None:
+                raise UnsupportedError(
+                    f"{type(compression.scorer).__name__} scores tokens by what their layer does to them, and these "
+                    "keys serve many layers; use a scorer of keys alone"
+                )
+            return self  # for now: the layer has yet to report
+        return self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)._due()
+
+    def _due(self) -> "RaggedKV":
+        compression = self.options.compression
+        enough = compression is not None and self.seen - self.settled >= compression.policy.every
+        return self.compressed() if enough else self
 
     def compressed(self) -> "RaggedKV":
         """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
@@ -185,11 +244,30 @@ class RaggedKV:
             return self
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
         tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
-        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks)
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
         if masks is None:
             return self
-        cache = self.kept(masks)
-        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE)
+        cache, origin = self.kept(masks), self.origin
+        if self.options.moves and self.rotation is not None:
+            by = evicted_behind([position for _, _, position in tokens], masks, ranks)
+            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, masks, origin)
+        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE, origin=origin)
+
+    def _worths(self) -> list[Tensor] | None:
+        """Of every lane's tokens, where they are told."""
+        worth_NC = self.pool.worth_NC
+        if worth_NC is None:
+            return None
+        lanes = [
+            worth_NC[self.layout.blocks_of(lane).to(worth_NC.device)].flatten()[:length]
+            for lane, length in enumerate(self.lengths_R.tolist())
+        ]
+        if bool(torch.cat(lanes).isnan().any()):
+            raise UnsupportedError(
+                f"no {self.branch} of this layer reported what its tokens are worth: they were cached under another "
+                "compression; run them again, or use a scorer of keys alone"
+            )
+        return lanes
 
     def _within_window(self) -> "RaggedKV":
         """Without the tokens that no later query sees, once they are a quarter of the window."""
@@ -201,12 +279,13 @@ class RaggedKV:
 
     def _with(
         self, pool: Pool, layout: BlockLayout, *, seen: int | None = None, settled: int | None = None,
-        queries_BHWE: Tensor | None = None,
+        queries_BHWE: Tensor | None = None, origin: Origin | None = None,
     ) -> "RaggedKV":  # fmt: skip
         return RaggedKV(
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
-            self.queries_BHWE if queries_BHWE is None else queries_BHWE,
+            self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
+            self.origin if origin is None else origin,
         )  # fmt: skip
 
     def _own_pool(self) -> Pool:

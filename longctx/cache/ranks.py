@@ -3,6 +3,7 @@
 Legend: B batch, K kv heads, T tokens of this rank, P ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,21 @@ class Ranks:
     def highest(self, own: Tensor) -> Tensor:
         """The maximum over ranks."""
         return own if self.group is None or self.alone else reduce_(own.clone(), "max", self.group, self.ledger)
+
+    def merged(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Positions of every lane (each rank has its own, ascending) on all ranks, ascending; int64.
+
+        All of them travel to every rank, 4 bytes each.
+        """
+        if self.group is None or self.alone:
+            return list(positions)
+        longest = int(self.highest(torch.tensor([max(map(len, positions))]))[0])
+        if not longest:
+            return list(positions)
+        after = torch.iinfo(torch.int32).max
+        padded = [functional.pad(p.int(), (0, longest - len(p)), value=after) for p in positions]
+        found = torch.cat(gathered(torch.stack(padded), self.group, self.ledger).unbind(0), dim=-1)
+        return [row[row < after] for row in found.sort(dim=-1).values.long()]
 
     def smoothed(self, score_BKT: Tensor, positions_BKT: Tensor, kernel: int) -> Tensor:
         """Means over ``kernel`` tokens that follow each other in the cache, as fp32; outside of it are zeros.

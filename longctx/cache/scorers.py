@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longctx.cache.ranks import Ranks
+from longctx.cache.rotation import Rotation
 from longctx.errors import ConfigError
 
 
@@ -23,6 +24,16 @@ class Scorer(ABC):
 
     queries: ClassVar[int] = 0
     """Last queries that it looks at."""
+
+    rotates: ClassVar[bool] = False
+    """Whether it must know how keys are rotated."""
+
+    branch: ClassVar[str | None] = None
+    """Part of a decoder layer that reports a number for every token, which then is its score."""
+
+    def bound(self, rotation: Rotation | None) -> "Scorer":
+        """The scorer of a cache whose keys are rotated so; None: it is not known how."""
+        return self
 
     @abstractmethod
     def score(
@@ -143,7 +154,7 @@ class TOVA(Scorer):
 class Recency(Scorer):
     """Later tokens stay: with protected first ones, StreamingLLM's sinks and window (Xiao et al., arXiv 2309.17453).
 
-    Keys keep the rotation of their position in the text, where the paper counts positions inside the cache.
+    The paper counts positions inside the cache, which a policy with ``positions="cache"`` does.
     """
 
     def score(
@@ -161,6 +172,11 @@ def attention_weights(keys_BKTE: Tensor, queries_BHWE: Tensor, positions_BKT: Te
     logits = torch.einsum("bkgwe,bkte->bkgwt", q_BKGWE, keys) * size**-0.5
     at_W = ranks.seen - window + torch.arange(window, device=keys.device)
     logits.masked_fill_(positions_BKT[:, :, None, None] > at_W[:, None], float("-inf"))
+    return shares(logits, ranks)
+
+
+def shares(logits: Tensor, ranks: Ranks) -> Tensor:
+    """Softmax over the last dimension, the tokens of all ranks, in fp64; NaN where all of them are -inf."""
     none = logits.new_full((*logits.shape[:-1], 1), float("-inf"))
     top = ranks.highest(torch.cat((logits, none), dim=-1).amax(-1)).clamp_min(torch.finfo(torch.float64).min / 2)
     weights = torch.exp(logits - top[..., None])

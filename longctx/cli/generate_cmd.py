@@ -1,6 +1,7 @@
 """``longctx generate``: continue a text."""
 
 import argparse
+import importlib
 import sys
 import typing
 from pathlib import Path
@@ -14,10 +15,11 @@ if typing.TYPE_CHECKING:
 HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
 
 SCORERS = {
-    "key-norm": "KeyNorm", "key-diff": "KeyDiff", "snapkv": "SnapKV", "tova": "TOVA", "recency": "Recency",
-    "random": "Random",
+    "key-norm": "scorers.KeyNorm", "key-diff": "scorers.KeyDiff", "snapkv": "scorers.SnapKV", "tova": "scorers.TOVA",
+    "expected-attention": "expected.ExpectedAttention", "representation-shift": "representation.RepresentationShift",
+    "recency": "scorers.Recency", "random": "scorers.Random",
 }  # fmt: skip
-"""What --scorer may name, and the class of longctx.cache.scorers that it stands for."""
+"""What --scorer may name, and the class in longctx.cache that it stands for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-bits", choices=("8", "4"), help="round cached keys and values to so many bits")
     parser.add_argument("--keep", metavar="X", help="tokens per head that stay cached, or a share of them below 1")
     parser.add_argument("--scorer", choices=SCORERS, help="with --keep: which tokens stay (default snapkv)")
+    parser.add_argument(
+        "--positions", choices=("text", "cache"), help="with --keep: where tokens stand (default text; cache: no gaps)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -79,6 +84,8 @@ def _checked(args: argparse.Namespace, world: int) -> str:
         raise ConfigError(f"--top-p {args.top_p} has no effect at temperature 0, which is greedy; add --temperature 1")
     if args.scorer is not None and args.keep is None:
         raise ConfigError(f"--scorer {args.scorer} has no effect without --keep; say how many tokens stay")
+    if args.positions is not None and args.keep is None:
+        raise ConfigError(f"--positions {args.positions} has no effect without --keep; say how many tokens stay")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     if world > 1 and args.prompt is None and args.file is None:
@@ -116,7 +123,6 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
 
 
 def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
-    from longctx.cache import scorers
     from longctx.cache.compress import Compression, Policy
     from longctx.cache.options import CacheOptions
     from longctx.errors import ConfigError
@@ -129,8 +135,10 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
             share = float(whole_number("--keep", args.keep))
         if share <= 0 or (share >= 1 and share != int(share)):
             raise ConfigError(f"--keep {args.keep} is neither a number of tokens nor a share of them; use 1024 or 0.5")
-        policy = Policy(ratio=share) if share < 1 else Policy(tokens=int(share))
-        compression = Compression(getattr(scorers, SCORERS[args.scorer or "snapkv"])(), policy)
+        amount = {"ratio": share} if share < 1 else {"tokens": int(share)}
+        policy = Policy(**amount, positions=args.positions or "text")
+        module, _, name = SCORERS[args.scorer or "snapkv"].partition(".")
+        compression = Compression(getattr(importlib.import_module(f"longctx.cache.{module}"), name)(), policy)
     bits = int(args.cache_bits) if args.cache_bits else None
     return CacheOptions(bits=bits, ranks=None if mesh is None else mesh.sequence, compression=compression)
 

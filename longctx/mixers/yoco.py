@@ -24,6 +24,7 @@ from longctx.attention.traffic import Call, planned_traffic
 from longctx.cache.attend import cached_attention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.rotation import Rotation
 from longctx.config.schema import Model, Section
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
@@ -87,7 +88,10 @@ class YocoMixer(Mixer):
 
     def empty_cache(self, batch: int, like: Tensor, options: CacheOptions) -> Any:
         """See :class:`Mixer`."""
-        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options) if self.offers else ()
+        if not self.offers:
+            return ()
+        rotation = Rotation.of(self.rope, like.dtype)
+        return RaggedKV.empty(batch, self.kv_heads, self.head_dim, like, options, rotation=rotation)
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where the rotary table changes between the two lengths."""

@@ -17,9 +17,13 @@ from longctx.cache.attend import cached_attention
 from longctx.cache.compress import Compression, Policy
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.representation import told
+from longctx.cache.rotation import Rotation
 from longctx.cache.scorers import Scorer
 from longctx.errors import UnsupportedError
 from longctx.model.attach_rotary import length_dependent
+from longctx.model.attach_rotation import find_rotations
+from longctx.model.attach_shift import reporting
 from longctx.sequence.context import SequenceContext
 
 NAME = "longctx"
@@ -30,6 +34,24 @@ class Unfilled(NamedTuple):
     """The cache of a layer before its first token, which brings heads, sizes and dtype."""
 
     options: CacheOptions
+    rotation: Rotation | None = None
+
+
+def unfilled(model: nn.Module, options: CacheOptions) -> tuple[Unfilled, ...]:
+    """Caches of all layers of an attached model; how these rotate keys is found out where it must be known.
+
+    Raises:
+        UnsupportedError: it must be known, and is not.
+    """
+    config: Any = model.config
+    compression = options.compression
+    layers: int = config.get_text_config(decoder=True).num_hidden_layers
+    if compression is None or not compression.rotates:
+        return (Unfilled(options),) * layers
+    rotations = find_rotations(model)
+    for rotation in rotations:
+        compression.bound(rotation)
+    return tuple(Unfilled(options, rotation) for rotation in rotations)
 
 
 class LayerCaches:
@@ -63,12 +85,22 @@ class LayerCaches:
         if isinstance(state, Unfilled):
             batch, _, kv_heads, size = k_BTKE.shape
             options = state.options.for_layer(layer, len(self.states))
-            state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window)
+            state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window, state.rotation)
         state = state.append(k_BTKE, v_BTKE, context.positions(k_BTKE.device))
         out_BTHE = cached_attention(q_BTHE, state, context, window=window, sink_H=sink_H, scale=scale, softcap=softcap)
         state = state.attended(q_BTHE)
-        self.states[layer] = state.compressed() if self.prompt else state
+        self.states[layer] = state.compressed() if self.prompt and state.branch is None else state
         return out_BTHE
+
+    @property
+    def reports(self) -> bool:
+        """Whether layers must tell how much they change tokens."""
+        return any(state.options.branch is not None for state in self.states)
+
+    def told(self, layer: int, mixed_BTD: Tensor, added_BTD: Tensor) -> None:
+        """A layer has added this to its tokens, by its attention and by its feed-forward."""
+        state = told(self.states[layer], mixed_BTD, added_BTD)
+        self.states[layer] = state.compressed() if self.prompt and isinstance(state, RaggedKV) else state
 
 
 def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
@@ -78,8 +110,17 @@ def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
     which reorder or cut a cache, are refused.
 
     Raises:
-        UnsupportedError: the model is not attached, or its rotary frequencies depend on the length.
+        UnsupportedError: the model is not attached, its rotary frequencies depend on the length, or the compression
+            must know how keys are rotated, and it is not known, or asks layers to report, as within :func:`compress`.
     """
+    if options is not None and options.branch is not None:
+        raise UnsupportedError(
+            f"layers of {type(model).__name__} report to a cache's scorer within longctx.compress(...) alone; use that"
+        )
+    return _cache_for(model, options or CacheOptions())
+
+
+def _cache_for(model: nn.Module, options: CacheOptions) -> Any:
     config: Any = model.config
     if config._attn_implementation != NAME:
         raise UnsupportedError(f"{type(model).__name__} is not attached; call longctx.attach(model) first")
@@ -88,8 +129,7 @@ def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
             f"{type(model).__name__} rotates keys by the length of the sequence, so that cached ones go stale; use "
             "longctx generate, which runs all tokens again"
         )
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    return _cache_type()(LayerCaches([Unfilled(options or CacheOptions())] * layers))
+    return _cache_type()(LayerCaches(unfilled(model, options)))
 
 
 @contextmanager
@@ -99,18 +139,19 @@ def compress(model: nn.Module, scorer: Scorer, policy: Policy) -> Iterator[None]
     A prompt is compressed when it is over, and what comes after it as often as the policy's ``every`` says.
     """
     options = CacheOptions(compression=Compression(scorer, policy))
-    cache_for(model, options)  # refuses what cannot work now
+    _cache_for(model, options)  # refuses what cannot work now
 
     def prepare(*args: Any, **kwargs: Any) -> bool:
         found = bool(original(*args, **kwargs))
         model_kwargs = kwargs["model_kwargs"] if "model_kwargs" in kwargs else args[1]
-        model_kwargs["past_key_values"] = cache_for(model, options)
+        model_kwargs["past_key_values"] = _cache_for(model, options)
         return found
 
     original: Any = model._prepare_cache_for_generation
     model._prepare_cache_for_generation = prepare  # type: ignore[assignment]
     try:
-        yield
+        with reporting(model, scorer.branch is not None):
+            yield
     finally:
         del model._prepare_cache_for_generation
 

@@ -15,8 +15,9 @@ from longctx.cache.options import CacheOptions
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from longctx.model.attach import attach
-from longctx.model.attach_cache import LayerCaches, Unfilled
+from longctx.model.attach_cache import LayerCaches, unfilled
 from longctx.model.attach_rotary import length_dependent
+from longctx.model.attach_shift import reporting
 from longctx.model.decoder import Hidden, Output
 from longctx.model.head import OutputHead, Shaping
 from longctx.sequence.context import SequenceContext
@@ -54,7 +55,8 @@ class AttachedCausalLM(nn.Module):
         """As :meth:`longctx.model.decoder.CausalLM.forward`; see :meth:`empty_state` for states."""
         caches = LayerCaches(state) if state else None
         past = {} if caches is None else {"longctx_caches": caches}
-        hidden_BTD = self.hf.base_model(tokens_BT, longctx=context, **past).last_hidden_state
+        with reporting(self.hf, caches is not None and caches.reports):
+            hidden_BTD = self.hf.base_model(tokens_BT, longctx=context, **past).last_hidden_state
         hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
         loss_sum = None if labels_BT is None else self.head(hidden_BTD, labels_BT, loss_chunk)
         return Output(loss_sum, hidden_BTD, state if caches is None else tuple(caches.states))
@@ -85,9 +87,12 @@ class AttachedCausalLM(nn.Module):
         return logits_BTV
 
     def empty_state(self, batch: int, cache: CacheOptions | None = None) -> tuple[Any, ...]:
-        """Caches of all layers, which take no gradients; they are made by their first tokens."""
-        layers: int = self.hf.config.get_text_config(decoder=True).num_hidden_layers
-        return (Unfilled(replace(cache or CacheOptions(), starts={})),) * layers
+        """Caches of all layers, which take no gradients; they are made by their first tokens.
+
+        Raises:
+            UnsupportedError: the compression must know how keys are rotated, and it is not known.
+        """
+        return unfilled(self.hf, replace(cache or CacheOptions(), starts={}))
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where rotary frequencies depend on the length."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.representation import told
 from longctx.cache.sinks import protecting
 from longctx.config.schema import Model
 from longctx.errors import ConfigError
@@ -126,7 +127,9 @@ class DecoderLayer(nn.Module):
         if mixed.memory is not None:
             memory = {**memory, self.kind: mixed.memory}
         x_BTD = x_BTD + mixed.y_BTD
-        return LayerOutput(x_BTD + self.mlp(self.mlp_norm(x_BTD)), mixed.state, memory, mixed.observed)
+        added_BTD = self.mlp(self.mlp_norm(x_BTD))
+        state = told(mixed.state, mixed.y_BTD, added_BTD)
+        return LayerOutput(x_BTD + added_BTD, state, memory, mixed.observed)
 
 
 class CausalLM(nn.Module):

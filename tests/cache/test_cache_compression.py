@@ -10,9 +10,11 @@ from pool import Pool
 from test_cached_decoding import LENGTH, MODELS, SIZES, VOCAB
 
 from longctx.cache.compress import Compression, Policy, kept_tokens
+from longctx.cache.expected import ExpectedAttention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.ranks import Ranks
+from longctx.cache.representation import RepresentationShift
 from longctx.cache.scorers import TOVA, KeyDiff, KeyNorm, Random, Recency, Scorer, SnapKV, attention_weights
 from longctx.config.schema import Model
 from longctx.errors import ConfigError, UnsupportedError
@@ -22,7 +24,8 @@ from longctx.sequence.context import SequenceContext
 
 SCORERS: dict[str, Scorer] = {
     "random": Random(), "norm": KeyNorm(), "diff": KeyDiff(), "snap": SnapKV(window=8, kernel=3), "tova": TOVA(),
-    "recency": Recency(),
+    "recency": Recency(), "expected": ExpectedAttention(window=8, n_future=5, sinks=2),
+    "shift": RepresentationShift(),
 }  # fmt: skip
 PIECES = [30, 21, 9, 1, 1, 1, 14]
 assert sum(PIECES) == LENGTH
@@ -51,7 +54,8 @@ def positions_of(state: Any) -> list[list[list[int]]]:
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_budget_of_everything_changes_no_bit(name: str, seed: int) -> None:
     plain = decoded(CacheOptions(block=4), seed)
-    for policy in (Policy(ratio=1.0, every=1), Policy(tokens=LENGTH, every=5, adaptive=name != "tova")):
+    everything = Policy(tokens=LENGTH, every=5, adaptive=name != "tova", positions="cache")
+    for policy in (Policy(ratio=1.0, every=1), everything):
         found = decoded(CacheOptions(block=4, compression=Compression(SCORERS[name], policy)), seed)
         assert torch.equal(found[0], plain[0])
         assert positions_of(found[1]) == positions_of(plain[1])
@@ -66,7 +70,7 @@ def test_budgets_are_met_and_memory_is_freed(name: str, seed: int) -> None:
             assert len(lane) == 20
             assert lane[:2] == [0, 1] and lane[-5:] == list(range(LENGTH - 5, LENGTH))
         assert cache.pool.capacity == cache.blocks == 2 * 3 * 5
-        assert cache.pool.nbytes == cache.blocks * 4 * (2 * 4 * 8 + 4)
+        assert cache.pool.nbytes == cache.blocks * 4 * (2 * 4 * 8 + 4 + 4 * (name == "shift"))
 
 
 def test_between_compressions_a_cache_grows(seed: int) -> None:

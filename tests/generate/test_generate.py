@@ -1,5 +1,6 @@
 """Decoding against the full forward and transformers' generate; sampling, stop strings, streaming."""
 
+import argparse
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from longctx.cli import generate_cmd
 from longctx.config.schema import Model, Rope
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.data.train_tokenizer import train_sentencepiece
@@ -247,12 +249,26 @@ def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixtu
     """Chunks change nothing, neither does a cache that keeps everything; one that keeps little does."""
     found = {}
     prompt = "def f(self): return value " * 12
-    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), ("--keep", 40, "--scorer", "random")):
+    small = [("--keep", 40, "--scorer", name) for name in ("random", "representation-shift", "expected-attention")]
+    moving = ("--keep", 40, "--scorer", "expected-attention", "--positions", "cache")
+    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), *small, moving):
         options = ("--max-tokens", 24, "--device", "cpu", "--temperature", 1.0, "--chunk", 700, *extra)
         assert _longctx("generate", folder, "--prompt", prompt, *options) == 0
         found[extra] = capsys.readouterr().out
     assert found["--chunk", 7] == found["--keep", 4096] == found[()]
     assert found["--keep", 40, "--scorer", "random"] != found[()]
+
+
+def test_names_of_scorers_and_positions_reach_the_cache() -> None:
+    parser = argparse.ArgumentParser()
+    generate_cmd.add_arguments(parser)
+    for name, where in generate_cmd.SCORERS.items():
+        for words, positions in (((), "text"), (("--positions", "cache"), "cache")):
+            args = parser.parse_args(["folder", "--keep", "0.25", "--scorer", name, *words])
+            compression = generate_cmd._cache(args, None).compression
+            assert compression is not None
+            assert type(compression.scorer).__name__ == where.partition(".")[2]
+            assert (compression.policy.ratio, compression.policy.positions) == (0.25, positions)
 
 
 @pytest.mark.tier2
@@ -277,6 +293,7 @@ def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture
         (("--file", "nowhere.txt"), "cannot read the prompt from nowhere.txt"),
         (("--prompt", "a", "--chunk", "0"), "--chunk must be at least 1"),
         (("--prompt", "a", "--scorer", "tova"), "--scorer tova has no effect without --keep"),
+        (("--prompt", "a", "--positions", "cache"), "--positions cache has no effect without --keep"),
         (("--prompt", "a", "--keep", "1.5"), "--keep 1.5 is neither a number of tokens nor a share"),
         (("--prompt", "a", "--keep", "-3"), "--keep"),
         (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
