@@ -10,6 +10,7 @@ import torch
 
 from longctx.config.schema import Config, Model
 from longctx.model.block_transformer import build_native
+from longctx.model.proposals import with_proposals
 from longctx.recurrence import with_recurrence
 from longctx.runtime.mesh import build_mesh
 from longctx.sequence.layout import Run
@@ -88,6 +89,7 @@ class Result:
     tokens: int
     gradients: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    proposal_losses: list[float] = field(default_factory=list)
 
 
 def model_config(case: Case) -> Model:
@@ -130,6 +132,7 @@ def build(case: Case, weights: Callable[[Any], None] | None = None) -> tuple[Tra
     config, shape = config_of(case), model_config(case)
     mesh = build_mesh(case.degree, torch.device("cpu"), 60, case.inner)
     model: Any = with_recurrence(build_native(shape, recompute=case.recompute, seed=case.seed), case.seed)
+    model = with_proposals(model, case.seed)
     if case.fp64:
         model = model.double()
     if weights is not None:
@@ -164,6 +167,7 @@ def train(case: Case) -> Result:
         trainer.progress.tokens,
         gradients,
         full_weights(trainer),
+        [r["proposal_loss"] for r in watch.records if "proposal_loss" in r],
     )
 
 
@@ -173,7 +177,7 @@ def full_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
+    return {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -191,7 +195,9 @@ def full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _gathered(trainer: Trainer, kind: str) -> dict[str, torch.Tensor]:
     found = {}
     for fragment in trainer.engine.fragments():
-        part = fragment.weight if kind == "weight" else fragment.moments[kind]
+        part = fragment.weight if kind == "weight" else fragment.moments.get(kind)
+        if part is None:  # a parameter that is not trained
+            continue
         whole = torch.zeros(fragment.shape.numel(), dtype=part.dtype)
         if not trainer.engine.replicated or trainer.mesh.is_first:
             whole[fragment.start : fragment.start + fragment.numel] = part
@@ -207,7 +213,8 @@ def assert_same_training(found: Result, wanted: Result, tolerance: float) -> Non
     """Losses, norms, gradients and weights agree to ``tolerance`` (relative to the largest entry); the data exactly."""
     assert found.hashes == wanted.hashes
     assert found.tokens == wanted.tokens
-    for a, b in zip(found.losses + found.grad_norms, wanted.losses + wanted.grad_norms, strict=True):
+    numbers = [r.losses + r.proposal_losses + r.grad_norms for r in (found, wanted)]
+    for a, b in zip(*numbers, strict=True):
         assert relative(a, b) < tolerance, (a, b)
     for kind in ("gradients", "weights"):
         ours, theirs = getattr(found, kind), getattr(wanted, kind)

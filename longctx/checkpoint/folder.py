@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longctx.data.tokenizer import Tokenizer
     from longctx.model.attached import AttachedCausalLM
     from longctx.model.decoder import CausalLM
+    from longctx.model.proposals import ProposingDecoder
     from longctx.recurrence import SegmentedDecoder
 
 
@@ -40,6 +41,18 @@ def checkpoint_of(path: Path) -> Path | None:
     return None
 
 
+def named_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run or checkpoint folder stands for.
+
+    Raises:
+        CheckpointError: the path is neither, or the run holds none.
+    """
+    checkpoint = checkpoint_of(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path} is no run or checkpoint folder; give one of the two")
+    return checkpoint
+
+
 def read_model_config(checkpoint: Path) -> Model:
     """The resolved model section stored with a checkpoint.
 
@@ -57,7 +70,7 @@ def read_model_config(checkpoint: Path) -> Model:
 
 def open_model(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> "tuple[CausalLM | AttachedCausalLM | SegmentedDecoder, Model, Tokenizer]":
+) -> "tuple[CausalLM | AttachedCausalLM | SegmentedDecoder | ProposingDecoder, Model, Tokenizer]":
     """Load a model in evaluation mode with its tokenizer.
 
     Args:
@@ -70,11 +83,12 @@ def open_model(
     from longctx.data.tokenizer import load_tokenizer
     from longctx.model.attached import build_attached, open_attached
     from longctx.model.hf import empty_model, load_hf, read_hf_config
+    from longctx.model.proposals import with_proposals
     from longctx.recurrence import with_recurrence
 
     path = Path(path)
     checkpoint = checkpoint_of(path)
-    model: CausalLM | AttachedCausalLM | SegmentedDecoder
+    model: CausalLM | AttachedCausalLM | SegmentedDecoder | ProposingDecoder
     if checkpoint is not None:
         config = read_model_config(checkpoint)
         if config.hf_config is not None:
@@ -82,7 +96,7 @@ def open_model(
         else:
             decoder = empty_model(config).to_empty(device="cpu")
             decoder.tie_weights()
-        model = with_recurrence(decoder, None)
+        model = with_proposals(with_recurrence(decoder, None), None)
         load_weights(checkpoint, model)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         if dtype is not None:

@@ -94,16 +94,18 @@ def _tensor_sets(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, Iterable[tup
         yield STATISTICS, statistics.items()
 
 
-def _moment(key: str, fragment: Fragment) -> torch.Tensor:
-    return fragment.moments[key]
+def _moment(key: str, fragment: Fragment) -> torch.Tensor | None:
+    return fragment.moments.get(key)
 
 
 def _gathered(
-    engine: Engine, mesh: Mesh, select: Callable[[Fragment], torch.Tensor]
+    engine: Engine, mesh: Mesh, select: Callable[[Fragment], torch.Tensor | None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each full tensor, on the first rank's device (garbage elsewhere), one after the other."""
+    """Each full tensor that there is, on the first rank's device (garbage elsewhere), one after the other."""
     for fragment in engine.fragments():
         part = select(fragment)
+        if part is None:  # moments of what is not trained
+            continue
         if engine.replicated or mesh.world.size == 1:
             yield fragment.name, part.view(fragment.shape)
             continue

@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generation.add_argument("--lengths", metavar="S,...", default="4k,32k,128k", help="(default 4k,32k,128k)")
     generation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
     generation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    speculation = subparsers.add_parser("speculation", help="decoding with several proposed tokens per pass, and plain")
+    speculation.add_argument("model", metavar="MODEL", type=Path, help="run, checkpoint or Hugging Face folder")
+    speculation.add_argument("--file", metavar="FILE", type=Path, required=True, help="UTF-8 text that prompts are of")
+    speculation.add_argument("--prompts", metavar="N", default="4", help="prompts (default 4)")
+    speculation.add_argument("--prompt-tokens", metavar="N", default="256", help="tokens of each (default 256)")
+    speculation.add_argument("--tokens", metavar="N", default="128", help="tokens to decode (default 128)")
+    speculation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
+    speculation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     others = {
         "precision": _precision, "mixers": _mixers, "handoff": _handoff, "decode": _decode, "generation": _generation,
-        "recall": _recall, "training": _training,
+        "recall": _recall, "training": _training, "speculation": _speculation,
     }  # fmt: skip
     if args.what in others:
         return others[args.what](args)
@@ -206,6 +214,30 @@ def _generation(args: argparse.Namespace) -> int:
     _check_file(args.json)
     found = generation(lengths, rounds, advance_to=_progress)
     print("\n".join(table(found)))
+    _write(args.json, [asdict(row) for row in found])
+    return 0
+
+
+def _speculation(args: argparse.Namespace) -> int:
+    from longctx.bench.speculation import Plan, speculation, table
+    from longctx.checkpoint.folder import open_model
+    from longctx.cli.options import whole_number
+    from longctx.errors import DataError
+
+    sizes = {name: whole_number(f"--{name.replace('_', '-')}", getattr(args, name)) for name in ("prompts", "rounds")}
+    plan = Plan(
+        prompt_tokens=whole_number("--prompt-tokens", args.prompt_tokens),
+        tokens=whole_number("--tokens", args.tokens, 2),
+        **sizes,
+    )
+    _check_file(args.json)
+    try:
+        text = args.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
+    model, _, tokenizer = open_model(args.model)
+    found = speculation(model, tokenizer.encode(text), plan, _progress)
+    print("\n".join(table(found, plan)))
     _write(args.json, [asdict(row) for row in found])
     return 0
 

@@ -50,10 +50,12 @@ def _count(model: "Model") -> int:
     import torch
 
     from longctx.model.block_transformer import build_native
+    from longctx.model.proposals import with_proposals
     from longctx.recurrence import with_recurrence
 
     with torch.device("meta"):
-        return sum(p.numel() for p in with_recurrence(build_native(model, seed=None), None).parameters())
+        whole = with_proposals(with_recurrence(build_native(model, seed=None), None), None)
+        return sum(p.numel() for p in whole.parameters())
 
 
 def _no_export(model: "Model") -> str:
@@ -93,9 +95,11 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
     if size.corpus_tokens:
         corpus = f"{size.corpus_tokens:,} training tokens, {size.total_tokens / size.corpus_tokens:.2f} passes"
     exports = set(model.mixers) == {"softmax"} and not (model.recurrence or model.block or model.kv_bias)
-    layers = f"{model.num_layers} layers"
+    layers, without = f"{model.num_layers} layers", "" if model.proposals is None else ", without its proposal heads"
     if model.block is not None:
         layers += f" over blocks of {model.block.size} and {model.token_layers} inside"
+    if model.proposals is not None:
+        layers += f", {model.proposals.heads} proposal heads ({model.proposals.base})"
     engine = f"deepspeed, ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else config.engine.kind
     return [
         ("run", str(config.run)),
@@ -110,7 +114,7 @@ def _summary_lines(config: "Config", world: int | None) -> list[tuple[str, str]]
         ("corpus", corpus),
         (
             "export",
-            f"as a Hugging Face {model.architecture} model" if exports else _no_export(model),
+            f"as a Hugging Face {model.architecture} model{without}" if exports else _no_export(model),
         ),
         ("engine", f"{engine}, {train.precision}"),
     ]

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from longctx.model.decoder import CausalLM
     from longctx.model.families import check_exportable
     from longctx.model.hf_save import save_attached, save_hf
+    from longctx.model.proposals import ProposingDecoder
 
     max_shard = whole_number("--max-shard", args.max_shard)
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
@@ -52,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
             f"{args.source} is a Block Transformer (model.block), which no Hugging Face folder holds; generate and "
             "eval take it as it is"
         )
+    if isinstance(model, ProposingDecoder):
+        heads = len(model.proposals)
+        print(
+            f"leaving out {heads} proposal heads, which no Hugging Face folder holds; generate takes them as they are"
+        )
+        model = model.decoder
     assert isinstance(model, AttachedCausalLM | CausalLM)
     config = config.model_copy(update={"family": args.family or config.family})
     check_exportable(config)

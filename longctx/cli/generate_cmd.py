@@ -10,6 +10,7 @@ from longctx.cli.options import give_way, whole_number
 
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
+    from longctx.generate.speculate import Counted
     from longctx.runtime.mesh import Mesh
 
 HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions", choices=("text", "cache"), help="with --keep: where tokens stand (default text; cache: no gaps)"
     )
+    parser.add_argument(
+        "--speculate", choices=("none", "heads", "lookup"), default="none",
+        help="several tokens per step, of proposal heads or of what the text said before; greedy text stays the same",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -92,7 +97,14 @@ def _checked(args: argparse.Namespace, world: int) -> str:
         raise ConfigError(f"{world} processes cannot share stdin; give the prompt by --prompt or --file")
     whole_number("--max-tokens", args.max_tokens)
     whole_number("--chunk", args.chunk)
-    _cache(args, None)
+    cache = _cache(args, None)
+    if args.speculate != "none":
+        from longctx.generate.text import check_speculation
+
+        try:
+            check_speculation(Sampling(args.temperature, args.top_p, args.seed), cache)
+        except ConfigError as error:
+            raise ConfigError(f"--speculate {args.speculate}: {error}") from None
     return _read_prompt(args)
 
 
@@ -110,16 +122,35 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
         model, _, tokenizer = open_model(args.model, device=device)
     else:
         model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+    proposer = _proposer(args, model) if mesh is None else agree(mesh, lambda: _proposer(args, model))
     pieces = stream_text(
         model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
-        _cache(args, mesh), whole_number("--chunk", args.chunk),
+        _cache(args, mesh), whole_number("--chunk", args.chunk), proposer,
     )  # fmt: skip
     for piece in pieces:
         if mesh is None or mesh.is_first:
             print(piece, end="", flush=True)
     if mesh is None or mesh.is_first:
         print()
+        if proposer is not None and proposer.mean_accepted is not None:
+            print(f"{proposer.mean_accepted:.2f} tokens per pass over {proposer.passes} passes", file=sys.stderr)
     return 0
+
+
+def _proposer(args: argparse.Namespace, model: object) -> "Counted | None":
+    from longctx.errors import ConfigError
+    from longctx.generate.speculate import Counted, PromptLookup, ProposalHeads
+    from longctx.model.proposals import ProposingDecoder
+
+    if args.speculate == "none":
+        return None
+    if args.speculate == "lookup":
+        return Counted(PromptLookup())
+    if not isinstance(model, ProposingDecoder):
+        raise ConfigError(
+            f"--speculate heads: {args.model} has no proposal heads; train some (model.proposals) or use lookup"
+        )
+    return Counted(ProposalHeads(model))
 
 
 def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":

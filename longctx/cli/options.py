@@ -49,24 +49,34 @@ def described_model(config: "Config") -> "Model":
 
     Raises:
         ConfigError: the Hugging Face folder it starts from is unusable.
+        CheckpointError: the run it starts from is.
     """
     from longctx.model.families import read_hf_config
 
     model = config.model
     if model.from_hf is not None:
         model = model.over(read_hf_config(model.from_hf))
+    elif model.from_run is not None:
+        from longctx.checkpoint.folder import named_checkpoint, read_model_config
+
+        model = model.over(read_model_config(named_checkpoint(model.from_run)))
     return model.model_copy(update={"max_position_embeddings": model.max_position_embeddings or config.sequence.length})
 
 
 def _find_model_problems(config: "Config") -> "Iterator[Problem]":
-    from longctx.config.check import Problem
-    from longctx.errors import ConfigError
+    from longctx.config.check import Problem, find_problems_of_start
+    from longctx.errors import CheckpointError, ConfigError
     from longctx.model.families import check_exportable
 
+    model = config.model
     try:
-        check_exportable(described_model(config))
-    except ConfigError as error:
-        yield Problem(("model", "from_hf" if config.model.from_hf else "family"), str(error))
+        described = described_model(config)
+        check_exportable(described)
+        if model.from_run is not None:
+            yield from find_problems_of_start(config, described)
+    except (ConfigError, CheckpointError) as error:
+        named = "from_run" if model.from_run else "from_hf" if model.from_hf else "family"
+        yield Problem(("model", named), str(error))
 
 
 def whole_number(option: str, text: str, least: int = 1) -> int:

@@ -158,6 +158,23 @@ def _block(config: Config) -> Iterator[Problem]:
         )
 
 
+def _proposals(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.proposals is None or model.proposals.base != "frozen":
+        return
+    if model.from_hf is None and model.from_run is None:
+        yield Problem(
+            ("model", "proposals", "base"),
+            "frozen would keep a decoder of random weights; name a trained one by model.from_run or model.from_hf, or "
+            "use joint",
+        )
+    if config.train.recompute:
+        yield Problem(
+            ("train", "recompute"),
+            "has no effect: there is no backward through the decoder (model.proposals.base frozen); leave it out",
+        )
+
+
 def _sequence(config: Config) -> Iterator[Problem]:
     length, degree = config.sequence.length, config.sequence.degree
     if length < degree:
@@ -286,9 +303,15 @@ def _packages(config: Config) -> Iterator[Problem]:
             yield Problem(("track", name), f"needs the package {name}; install it with `pip install 'longctx[track]'`")
 
 
+def find_problems_of_start(config: Config, model: Model) -> list[Problem]:
+    """What the model that ``model.from_run`` stands for asks of the rest of the config."""
+    meant = config.model_copy(update={"model": model})
+    return [problem for rule in (_scheme, _recurrence, _block, _rope) for problem in rule(meant)]
+
+
 _RULES: tuple[Rule, ...] = (
-    _without_effect, _run, _from_hf, _mixer, _scheme, _recurrence, _block, _rope, _data, _sequence, _train, _engine,
-    _packages,
+    _without_effect, _run, _from_hf, _mixer, _scheme, _recurrence, _block, _proposals, _rope, _data, _sequence, _train,
+    _engine, _packages,
 )  # fmt: skip
 
 

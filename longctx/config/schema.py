@@ -1,33 +1,19 @@
 """The typed configuration of a run. Imports no torch and has no side effects.
 
-Whole numbers may be written ``128k`` or ``1Mi`` (see :func:`parse_int`). Every section refuses unknown keys.
+Whole numbers may be written ``128k`` or ``1Mi`` (:mod:`longctx.config.humanint`). Every section refuses unknown keys.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from longctx.config.humanint import parse_int
 from longctx.config.mixers import parse_layers, unread
+from longctx.config.proposals import Proposals
+from longctx.config.section import Count, NonNegative, Section
 from longctx.errors import ConfigError
 
-Count = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(gt=0)]
-NonNegative = Annotated[int, BeforeValidator(parse_int, json_schema_input_type=int | str), Field(ge=0)]
-
 Layers = Annotated[tuple[str, ...], BeforeValidator(parse_layers, json_schema_input_type=str | list[str])]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, defaults validated."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    def idle(self) -> dict[str, str]:
-        """Fields without effect beside the values of the others, and why; setting one of them is a fault."""
-        return {}
 
 
 class Rope(Section):
@@ -138,14 +124,21 @@ class Block(Section):
     prefix: PositiveInt = Field(2, description="positions before a block's tokens that hold what came before it")
 
 
-_BESIDE_HF = {"rope", "max_position_embeddings", "recurrence"}
+_BESIDE_HF = {"rope", "max_position_embeddings", "recurrence", "proposals"}
 """What may be set beside ``model.from_hf``."""
 
 
 class Model(Section):
-    """A Llama-family decoder. ``from_hf`` replaces every shape below by those of a local Hugging Face folder."""
+    """A Llama-family decoder.
+
+    ``from_hf`` replaces every shape below by those of a local Hugging Face folder, ``from_run`` by those of a run.
+    """
 
     from_hf: Path | None = Field(None, description="local Hugging Face folder to start from; shapes come from it")
+    from_run: Path | None = Field(
+        None,
+        description="run or checkpoint whose weights to start from, without its optimizer; all but proposals is its",
+    )
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = Field("llama", description="export format")
     vocab_size: Count | None = Field(
         None, description="rows of the embedding; default: all tokens of the tokenizer, and sink_tokens"
@@ -167,6 +160,7 @@ class Model(Section):
     )
     recurrence: Recurrence | None = Field(None, description="recurrence over segments; default: none")
     block: Block | None = Field(None, description="layers over blocks and a decoder inside them; default: none")
+    proposals: Proposals | None = Field(None, description="heads for several tokens per decoding step; default: none")
     norm_eps: float = Field(1e-5, gt=0)
     rope: Rope = Rope()
     qkv_bias: bool = False
@@ -231,6 +225,9 @@ class Model(Section):
 
     def idle(self) -> dict[str, str]:
         """See :class:`Section`."""
+        if self.from_run is not None:
+            reason = f"it comes from model.from_run ({self.from_run})"
+            return dict.fromkeys(Model.model_fields.keys() - {"from_run", "proposals"}, reason)
         if self.from_hf is not None:
             reason = f"it comes from model.from_hf ({self.from_hf})"
             return dict.fromkeys(Model.model_fields.keys() - {"from_hf"} - (_BESIDE_HF & self.model_fields_set), reason)
@@ -283,7 +280,7 @@ class Model(Section):
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
     def over(self, base: "Model") -> "Model":
-        """The model that ``from_hf`` names with what may be set beside it: rope and the longest position.
+        """The model that ``from_hf`` or ``from_run`` names with what may be set beside it, as rope or heads.
 
         Raises:
             ConfigError: one is set, and the model trains as transformers' class, which takes all from its config.json.
@@ -294,6 +291,13 @@ class Model(Section):
                 f"model.{taken[0]} cannot be set beside a {base.architecture}, which takes it from its config.json; "
                 f"change it in {self.from_hf}"
             )
+        if self.from_run is not None:
+            if base.proposals is not None:
+                raise ConfigError(
+                    f"model.from_run: {self.from_run} has proposal heads already; go on in that run, or start from the "
+                    "one that its decoder came from"
+                )
+            return base.model_copy(update={"proposals": self.proposals})
         chosen = {key: getattr(self, key) for key in _BESIDE_HF & self.model_fields_set}
         return base.model_copy(update={key: value for key, value in chosen.items() if value is not None})
 
@@ -476,6 +480,6 @@ class Config(Section):
 
 
 __all__ = [
-    "Block", "Checkpoint", "Config", "Data", "Engine", "Model", "Recurrence", "Rope", "Runtime", "Schedule", "Section",
-    "Sequence", "Source", "Trackers", "Train",
+    "Block", "Checkpoint", "Config", "Data", "Engine", "Model", "Proposals", "Recurrence", "Rope", "Runtime",
+    "Schedule", "Section", "Sequence", "Source", "Trackers", "Train",
 ]  # fmt: skip

@@ -47,8 +47,8 @@ def summarize(config: Config, model: Model, world: int | None = None) -> Summary
 
 
 def _is_plain(model: Model) -> bool:
-    wrapped = model.hf_config is not None or model.recurrence is not None or model.block is not None
-    return not wrapped and set(model.mixers) == {"softmax"}
+    others = (model.hf_config, model.recurrence, model.block, model.proposals)
+    return all(other is None for other in others) and set(model.mixers) == {"softmax"}
 
 
 def count_parameters(model: Model, vocab_size: int) -> int:

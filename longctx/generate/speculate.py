@@ -10,7 +10,7 @@ Legend: B = 1 sequence, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ from longctx.cache.ragged import RaggedKV, all_compressed
 from longctx.cache.sinks import with_sinks
 from longctx.errors import ConfigError, DataError
 from longctx.generate.decode import Decoded, LanguageModel, advance
+from longctx.model.proposals import ProposingDecoder
 from longctx.sequence.context import SequenceContext
 
 
@@ -67,6 +68,44 @@ class PromptLookup:
         return []
 
 
+@dataclass(frozen=True)
+class ProposalHeads:
+    """What the proposal heads of a model say of the last hidden state (blockwise parallel decoding).
+
+    The pass that verifies k - 1 proposals also gives the hidden state that the next ones come from, so that a step is
+    one pass (Stern et al. 2018, section 4), and 1 to k tokens come of it.
+    """
+
+    model: ProposingDecoder
+
+    def propose(self, ids: Sequence[int], hidden_D: Tensor) -> Sequence[int]:
+        """See :class:`Proposer`; one token per head."""
+        return self.model.propose(hidden_D)
+
+
+@dataclass
+class Counted:
+    """A proposer, and how far its proposals got."""
+
+    proposer: Proposer
+    lengths: list[int] = field(default_factory=list)
+
+    def propose(self, ids: Sequence[int], hidden_D: Tensor) -> Sequence[int]:
+        """See :class:`Proposer`."""
+        self.lengths.append(len(ids))
+        return self.proposer.propose(ids, hidden_D)
+
+    @property
+    def passes(self) -> int:
+        """Passes that another one followed: the last may have been cut short."""
+        return max(len(self.lengths) - 1, 0)
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Tokens that such a pass added in the mean, the model's own included; None before there was one."""
+        return (self.lengths[-1] - self.lengths[0]) / self.passes if self.passes else None
+
+
 @torch.no_grad()
 def speculate_ids(
     model: LanguageModel, prompt: Sequence[int], max_tokens: int, proposer: Proposer,
@@ -95,6 +134,8 @@ def speculate_ids(
         run = run[:left]
         yield run
         ids, left = ids + run, left - len(run)
+        if left == 0:
+            return
         proposals = list(proposer.propose(ids, hidden_D))[: left - 1]
         new = torch.tensor([[ids[-1], *proposals]], device=device)
         hidden_1TD, after = advance(model, new, done)

@@ -7,6 +7,7 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
 from longctx.generate.decode import LanguageModel, decode_ids
 from longctx.generate.sampling import Sampling
+from longctx.generate.speculate import Proposer, speculate_ids
 
 _BROKEN = "\ufffd"
 _CONTEXT = 8
@@ -21,6 +22,7 @@ def stream_text(
     stop: Sequence[str] = (),
     cache: CacheOptions | None = None,
     chunk: int | None = None,
+    proposer: Proposer | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces.
 
@@ -28,16 +30,23 @@ def stream_text(
 
     Args:
         cache, chunk: as for :func:`longctx.generate.decode.decode_ids`.
+        proposer: of several tokens per step; the text stays what greedy decoding writes.
 
     Raises:
         DataError: the prompt is empty.
-        ConfigError: a stop string is empty.
+        ConfigError: a stop string is empty, or a proposer is to speed up sampling or a compressed cache.
     """
     ids = tokenizer.encode(prompt)
     if not ids:
         raise DataError("the prompt is empty; give some text to continue")
     words, stopper = _Words(tokenizer, ids), _Stopper(stop)
-    for (token,) in decode_ids(model, [ids], max_tokens, sampling, cache=cache or CacheOptions(), chunk=chunk):
+    cache = cache or CacheOptions()
+    if proposer is None:
+        tokens = (row[0] for row in decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk))
+    else:
+        check_speculation(sampling or Sampling(), cache)
+        tokens = (token for run in speculate_ids(model, ids, max_tokens, proposer, cache, chunk) for token in run)
+    for token in tokens:
         if token == tokenizer.eos_id:
             break
         piece = stopper.push(words.push(token))
@@ -48,6 +57,24 @@ def stream_text(
     piece = stopper.push(words.flush()) + stopper.flush()
     if piece:
         yield piece
+
+
+def check_speculation(sampling: Sampling, cache: CacheOptions) -> None:
+    """Refuse what a pass over several tokens would not reproduce.
+
+    Raises:
+        ConfigError: tokens are drawn, or a compression decides by how many tokens were seen at once what it evicts.
+    """
+    if sampling.temperature:
+        raise ConfigError(
+            f"speculation reproduces greedy decoding, not draws at temperature {sampling.temperature}; use "
+            "temperature 0 or no speculation"
+        )
+    if cache.compression is not None:
+        raise ConfigError(
+            "speculation and a compressed cache do not go together: what is evicted depends on how many tokens run at "
+            "once; keep everything or use no speculation"
+        )
 
 
 class _Words:

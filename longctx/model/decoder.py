@@ -40,13 +40,15 @@ class Output(NamedTuple):
     """What a forward returns.
 
     Summed loss (None without labels), last hidden states [B, T, D], new state or None, and in training what the mixers
-    observed beside the token loss (None: nothing).
+    observed beside the token loss (None: nothing). Of a decoder with proposal heads also their summed loss (see
+    ``longctx.model.proposals``), where it was asked for.
     """
 
     loss_sum: Tensor | None
     hidden_BTD: Tensor
     state: State | None
     observed: Observed | None = None
+    proposal_loss_sum: Tensor | None = None
 
 
 class Hidden(NamedTuple):

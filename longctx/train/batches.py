@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from longctx.model.head import IGNORED
+from longctx.model.proposals import Targets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Documents, Run
@@ -28,14 +29,22 @@ class RowSource(Protocol):
     def read(self, row: int, runs: Sequence[Run]) -> tuple[Int64Array, Int64Array]: ...
 
 
+TargetsOf = Callable[[RowSource, range, SequenceContext], Targets]
+"""Reads what proposal heads learn from this rank's tokens of some rows."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's tokens of some rows, on the host, and everything its layers are told about them."""
+    """This rank's tokens of some rows, on the host, and everything its layers are told about them.
+
+    ``targets`` are for proposal heads, where there are any.
+    """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     context: SequenceContext
     data_hash: int
+    targets: Targets | None = None
 
     @property
     def labels(self) -> int:
@@ -51,24 +60,28 @@ def step_rows(step: int, batch: int, mesh: Mesh) -> range:
 
 
 def read_micro_batches(
-    source: RowSource, rows: range, micro_batch: int, context_of: Callable[[Documents], SequenceContext]
-) -> list[MicroBatch]:
-    """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time.
+    source: RowSource, rows: range, micro_batch: int, context_of: Callable[[Documents], SequenceContext],
+    targets_of: TargetsOf | None = None,
+) -> list[MicroBatch]:  # fmt: skip
+    """Read this rank's runs of ``rows``, ``micro_batch`` rows at a time; ``targets_of`` adds what proposal heads learn.
 
     ``context_of`` cuts each micro-batch by the documents of its rows. All ranks of a sequence know these, so they agree
     on the layout without a message.
     """
     groups = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
-    return [_read(source, group, context_of) for group in groups]
+    return [_read(source, group, context_of, targets_of) for group in groups]
 
 
-def _read(source: RowSource, rows: range, context_of: Callable[[Documents], SequenceContext]) -> MicroBatch:
+def _read(
+    source: RowSource, rows: range, context_of: Callable[[Documents], SequenceContext], targets_of: TargetsOf | None
+) -> MicroBatch:
     context = context_of(tuple(source.documents(row) for row in rows))
     read = [source.read(row, context.layout.runs[context.rank]) for row in rows]
     indices = context.layout.indices(context.rank)
     data_hash = sum(_hash(tokens, row, indices) for row, (tokens, _) in zip(rows, read, strict=True))
     tokens_BT, labels_BT = (torch.from_numpy(np.stack([pair[i] for pair in read])) for i in (0, 1))
-    return MicroBatch(tokens_BT, labels_BT, context, data_hash)
+    targets = None if targets_of is None else targets_of(source, rows, context)
+    return MicroBatch(tokens_BT, labels_BT, context, data_hash, targets)
 
 
 def _hash(tokens: Int64Array, row: int, indices: Int64Array) -> int:

@@ -18,10 +18,11 @@ from torch import nn
 from longctx.config.schema import Engine as EngineConfig
 from longctx.config.schema import Train
 from longctx.model.decoder import Output
+from longctx.model.proposals import Targets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.train.engine import Fragment, Update
-from longctx.train.optimizer import MOMENTS, AdamW, build_optimizer
+from longctx.train.engine import Fragment, Update, given
+from longctx.train.optimizer import MOMENTS, AdamW, build_optimizer, trained
 from longctx.train.torch_engine import gradient_norm, replicated_fragments
 
 _BUCKET_ELEMENTS = 500_000_000
@@ -38,6 +39,9 @@ class DeepSpeedEngine:
         self._optimizer = build_optimizer(model.parameters(), train)
         settings = deepspeed_settings(config, train, accumulation, sum(p.numel() for p in model.parameters()))
         full = {name: p.detach() for name, p in model.named_parameters()}
+        # The engine may round and partition what it does not train; what is saved of it is what it was before.
+        self._untrained = {name: full[name] for name, p in model.named_parameters() if not p.requires_grad}
+        self._holds_untrained = mesh.is_first or self.replicated
         # Stage 0 in bf16 takes an update while it is built, which would decay the weights and count as a step.
         self._optimizer.held = True
         with redirect_stdout(io.StringIO()):  # memory reports of its BF16 optimizer
@@ -57,9 +61,10 @@ class DeepSpeedEngine:
         return self._zero == 0
 
     def forward(
-        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int
-    ) -> Output:
-        return cast(Output, self._engine(tokens_BT, context, labels_BT, loss_chunk=loss_chunk))
+        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int,
+        targets: Targets | None = None,
+    ) -> Output:  # fmt: skip
+        return cast(Output, self._engine(tokens_BT, context, labels_BT, loss_chunk=loss_chunk, **given(targets)))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -85,12 +90,14 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         if self._plain:
             yield from replicated_fragments(self.module, self._optimizer.state)
-        elif self._zero == 3:
+            return
+        if self._zero == 3:
             yield from self._fragments_of_stage_3()
         elif self._zero == 0:
             yield from self._fragments_of_copies()
         else:
             yield from self._fragments_of_stage_1_and_2()
+        yield from self._fragments_untrained()
 
     @property
     def updates(self) -> int:
@@ -113,11 +120,21 @@ class DeepSpeedEngine:
         """Whether our optimizer works on the model's own parameters (no ZeRO, no copies in another precision)."""
         return isinstance(self._engine.optimizer, AdamW)
 
+    @property
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _fragments_untrained(self) -> Iterator[Fragment]:
+        """Whole ones of the first rank, or of every rank where all hold everything."""
+        for name, full in self._untrained.items():
+            part = full.view(-1) if self._holds_untrained else torch.empty(0)
+            yield Fragment(name, full.shape, 0, part, {})
+
     def _optimized(self) -> list[torch.Tensor]:
         """The full-precision tensors our optimizer updates: parameters, copies, or flat partitions of many."""
         inner = self._engine.optimizer
         if self._plain:
-            return list(self.module.parameters())
+            return list(trained(self.module))
         if self._zero == 3:
             return list(inner.fp32_partitioned_groups_flat)
         if self._zero == 0:
@@ -135,7 +152,7 @@ class DeepSpeedEngine:
 
     def _fragments_of_stage_1_and_2(self) -> Iterator[Fragment]:
         flats = self._optimized()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # this rank's partition holds no element of it
                 nothing = torch.empty(0)
@@ -148,7 +165,7 @@ class DeepSpeedEngine:
 
     def _fragments_of_stage_3(self) -> Iterator[Fragment]:
         inner = self._engine.optimizer
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained:
             shape, total = parameter.ds_shape, parameter.ds_numel  # type: ignore[attr-defined]
             group, offset, padded = inner.grad_position[inner.get_param_id(parameter)]
             start = min(padded * torch.distributed.get_rank(), total)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from longctx.model.decoder import Output
+from longctx.model.proposals import Targets
 from longctx.sequence.context import SequenceContext
 
 
@@ -28,7 +29,7 @@ class Fragment:
     """This rank's part of one parameter's full-precision state: elements [start, start + numel) of the flat tensor.
 
     The tensors are views: writing to them changes the training state. ``numel`` may be 0. A replicated parameter is a
-    whole fragment on every rank.
+    whole fragment on every rank. A parameter that is not trained has no moments.
     """
 
     name: str
@@ -42,6 +43,11 @@ class Fragment:
         return self.weight.numel()
 
 
+def given(targets: Targets | None) -> dict[str, Targets]:
+    """The keyword argument that a model with proposal heads, and no other, takes."""
+    return {} if targets is None else {"targets": targets}
+
+
 class Engine(Protocol):
     """One way to run backward and update."""
 
@@ -49,9 +55,10 @@ class Engine(Protocol):
     def module(self) -> nn.Module: ...
 
     def forward(
-        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int
-    ) -> Output:
-        """Run the model; ``loss_sum`` is this rank's."""
+        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int,
+        targets: Targets | None = None,
+    ) -> Output:  # fmt: skip
+        """Run the model; ``loss_sum`` is this rank's, and so is that of proposal heads, which alone have targets."""
         ...
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

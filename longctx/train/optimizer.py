@@ -35,10 +35,18 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: Train) -> AdamW:
-    """AdamW over two groups: matrices decay, norms and biases (fewer than two dimensions) do not."""
+    """AdamW over two groups: matrices decay, norms and biases (fewer than two dimensions) do not.
+
+    Parameters that ask for no gradient are in neither.
+    """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in parameters:
+    for parameter in (p for p in parameters if p.requires_grad):
         (decay if parameter.dim() > 1 else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that ask for a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

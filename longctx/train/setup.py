@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from longctx.checkpoint.folder import named_checkpoint, read_model_config
 from longctx.checkpoint.format import checkpoint_folder, list_checkpoints
 from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
 from longctx.config.schema import Config, Model
@@ -18,6 +19,7 @@ from longctx.model.block_transformer import build_native
 from longctx.model.decoder import CausalLM, DecoderLayer
 from longctx.model.families import check_exportable
 from longctx.model.hf import load_hf, read_hf_config
+from longctx.model.proposals import with_proposals
 from longctx.recurrence import with_recurrence
 from longctx.runtime.agreement import agree
 from longctx.runtime.mesh import Mesh
@@ -62,14 +64,17 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
 
 
 def resolve_model(config: Config, tokenizer: Tokenizer) -> Model:
-    """The model section with every default filled in from the tokenizer, the sequence and the Hugging Face folder.
+    """The model section with every default filled in from the tokenizer, the sequence and what it starts from.
 
     Raises:
+        CheckpointError: the run it starts from holds no checkpoint.
         ConfigError: the tokenizer has more tokens than the model has embeddings.
     """
     model = config.model
     if model.from_hf is not None:
         model = model.over(read_hf_config(model.from_hf))
+    elif model.from_run is not None:
+        model = model.over(read_model_config(named_checkpoint(model.from_run)))
     update: dict[str, int] = {}
     if model.vocab_size is None:
         update["vocab_size"] = tokenizer.vocab_size + model.sink_tokens
@@ -103,15 +108,22 @@ def _within_positions(model: Model, config: Config) -> Model:
 
 
 def build_model(config: Config, model_config: Model, checkpoint: Path | None) -> nn.Module:
-    """The fp32 model on the host: from a checkpoint, a Hugging Face folder, or freshly drawn from ``train.seed``."""
+    """The fp32 model on the host.
+
+    From a checkpoint, another run, a Hugging Face folder, or freshly drawn from ``train.seed``.
+    """
+    start = checkpoint
+    if start is None and config.model.from_run is not None:
+        start = named_checkpoint(config.model.from_run)
     decoder: CausalLM | AttachedCausalLM
     if model_config.hf_config is not None:
-        decoder = _attached(config, model_config, checkpoint)
+        decoder = _attached(config, model_config, start)
     else:
-        decoder = _native(config, model_config, checkpoint)
-    model = with_recurrence(decoder, config.train.seed if checkpoint is None else None)
-    if checkpoint is not None:
-        load_weights(checkpoint, model)
+        decoder = _native(config, model_config, start)
+    whole = with_recurrence(decoder, config.train.seed if start is None else None)
+    model: nn.Module = with_proposals(whole, config.train.seed if checkpoint is None else None)
+    if start is not None:
+        load_weights(start, model if checkpoint is not None else whole)
     if isinstance(decoder, AttachedCausalLM):
         check_training(decoder)
     return model.requires_grad_(True)

@@ -9,10 +9,11 @@ from torch import nn
 
 from longctx.config.schema import Train
 from longctx.model.decoder import Output
+from longctx.model.proposals import Targets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
-from longctx.train.engine import Fragment, Update
-from longctx.train.optimizer import MOMENTS, build_optimizer
+from longctx.train.engine import Fragment, Update, given
+from longctx.train.optimizer import MOMENTS, build_optimizer, trained
 
 
 class TorchEngine:
@@ -30,14 +31,15 @@ class TorchEngine:
         return self._model
 
     def forward(
-        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int
-    ) -> Output:
-        return cast(Output, self._model(tokens_BT, context, labels_BT, loss_chunk=loss_chunk))
+        self, tokens_BT: torch.Tensor, context: SequenceContext, labels_BT: torch.Tensor, loss_chunk: int,
+        targets: Targets | None = None,
+    ) -> Output:  # fmt: skip
+        return cast(Output, self._model(tokens_BT, context, labels_BT, loss_chunk=loss_chunk, **given(targets)))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         if last:
-            for parameter in self._model.parameters():
+            for parameter in trained(self._model):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 self._mesh.all_reduce(parameter.grad, dist.ReduceOp.SUM).div_(self._mesh.world.size)
@@ -65,7 +67,7 @@ class TorchEngine:
         return self._optimizer.updates
 
     def prepare_state(self, updates: int) -> None:
-        for parameter in self._model.parameters():
+        for parameter in trained(self._model):
             self._optimizer.prepare_state(parameter, updates)
 
 
@@ -81,5 +83,5 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 def replicated_fragments(model: nn.Module, state: dict[torch.Tensor, dict[str, torch.Tensor]]) -> Iterator[Fragment]:
     """Whole fragments of a model whose optimizer works on the parameters themselves."""
     for name, parameter in model.named_parameters():
-        moments = {key: state[parameter][key].view(-1) for key in MOMENTS}
+        moments = {key: state[parameter][key].view(-1) for key in MOMENTS if parameter.requires_grad}
         yield Fragment(name, parameter.shape, 0, parameter.detach().view(-1), moments)

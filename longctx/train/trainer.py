@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from longctx.recurrence.segments import layout_maker, with_resets
 from longctx.runtime.mesh import Mesh
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import Documents
+from longctx.train.ahead import Ahead
 from longctx.train.batches import MicroBatch, RowSource, read_micro_batches, step_rows
 from longctx.train.engine import Engine
 from longctx.train.flops import flops_per_token, peak_flops
@@ -44,6 +45,23 @@ class Progress:
     nonfinite: int = 0
 
 
+class Totals(NamedTuple):
+    """Of one step over all ranks: labels, those of proposal heads, tokens, and the data hash."""
+
+    labels: int
+    proposal_labels: int
+    tokens: int
+    data_hash: int
+
+
+class Sums(NamedTuple):
+    """Of one step over all ranks: token losses, losses of proposal heads, and what was observed."""
+
+    loss: float
+    proposal_loss: float
+    observed: Observed | None
+
+
 class Callback:
     """Hooks around the loop; each is called on every rank, in the order the callbacks were given."""
 
@@ -64,7 +82,8 @@ class Trainer:
 
     The loss of a step is the sum of token losses over all micro-batches and ranks divided by the count of labels over
     all micro-batches and ranks, known before the first backward. What mixers want optimised beside it is divided by
-    the count of tokens, enters the gradient and the field ``auxiliary_loss`` of the record, not its ``loss``.
+    the count of tokens, enters the gradient and the field ``auxiliary_loss`` of the record, not its ``loss``. So does
+    the loss of proposal heads, divided by the count of their own labels, as ``proposal_loss``.
     """
 
     config: Config
@@ -90,6 +109,12 @@ class Trainer:
         return choose_scheme(
             context, Call(model.num_heads, model.kv_heads, model.head_size, dtype), self.mesh.device.type
         )
+
+    @cached_property
+    def ahead(self) -> Ahead | None:
+        """How rows train proposal heads; None: there are none."""
+        proposals = self.model.proposals
+        return None if proposals is None else Ahead(proposals, self.config.train.seed)
 
     def _context(self, documents: Documents, scheme: str) -> SequenceContext:
         sequence, group, recurrence = self.config.sequence, self.mesh.sequence, self.model.recurrence
@@ -138,18 +163,22 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         micro_batches = self._read(step_rows(self.progress.step, train.batch, self.mesh))
-        labels, tokens, data_hash = self._totals(micro_batches)
-        loss, observed = self._accumulate(micro_batches, labels, tokens)
+        totals = self._totals(micro_batches)
+        loss, proposal_loss, observed = self._accumulate(micro_batches, totals)
         lr = learning_rate(train, self.progress.step + 1)
-        update = self.engine.step(lr, hold=not math.isfinite(loss))
+        update = self.engine.step(lr, hold=not math.isfinite(loss + proposal_loss))
         if observed is not None and update.applied:
             absorb(self.engine.module, observed)
         self.progress.step += 1
-        self.progress.tokens += tokens
+        self.progress.tokens += totals.tokens
         self.progress.nonfinite += not update.applied
         seconds = time.perf_counter() - started
-        record = self._record(loss, update.grad_norm, not update.applied, lr, data_hash, seconds)
-        return record if observed is None else {**record, "auxiliary_loss": finite(float(observed.loss_sum) / tokens)}
+        record = self._record(loss, update.grad_norm, not update.applied, lr, totals.data_hash, seconds)
+        if self.ahead is not None:
+            record["proposal_loss"] = finite(proposal_loss)
+        if observed is not None:
+            record["auxiliary_loss"] = finite(float(observed.loss_sum) / totals.tokens)
+        return record
 
     @torch.no_grad()
     def evaluate(self, rows: RowSource, count: int) -> tuple[float, int]:
@@ -171,38 +200,44 @@ class Trainer:
         return float(total[0] / total[1]), int(total[1])
 
     def _read(self, rows: range) -> list[MicroBatch]:
-        return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.context)
+        targets_of = None if self.ahead is None else self.ahead.targets
+        return read_micro_batches(self.rows, rows, self.config.train.micro_batch, self.context, targets_of)
 
-    def _totals(self, micro_batches: Iterable[MicroBatch]) -> tuple[int, int, int]:
-        """Labels, tokens and data hash of the whole step over all ranks."""
-        counts = [[batch.labels, batch.tokens_BT.numel(), batch.data_hash] for batch in micro_batches]
+    def _totals(self, micro_batches: Iterable[MicroBatch]) -> Totals:
+        counts = [
+            [b.labels, 0 if b.targets is None else b.targets.count, b.tokens_BT.numel(), b.data_hash]
+            for b in micro_batches
+        ]
         sums = torch.tensor(counts, dtype=torch.int64).sum(0)
-        labels, tokens, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
-        return max(int(labels), 1), int(tokens), int(digest)
+        labels, further, tokens, digest = self.mesh.all_reduce(sums.to(self.mesh.device)).tolist()
+        return Totals(max(int(labels), 1), max(int(further), 1), int(tokens), int(digest))
 
-    def _accumulate(
-        self, micro_batches: Sequence[MicroBatch], labels: int, tokens: int
-    ) -> tuple[float, Observed | None]:
-        """Backward through every micro-batch; the token loss of the whole step, and what all ranks observed in it."""
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], totals: Totals) -> Sums:
+        """Backward through every micro-batch; mean losses of the whole step, and what all ranks observed in it."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         observed: Observed | None = None
         for index, batch in enumerate(micro_batches):
             output = self._forward(batch)
             assert output.loss_sum is not None
             # Engines average over the world; the sum over ranks is what is wanted.
-            loss = output.loss_sum * (self.mesh.world.size / labels)
+            loss = output.loss_sum * (self.mesh.world.size / totals.labels)
             if output.observed is not None:
-                loss = loss + output.observed.loss_sum * (self.mesh.world.size / tokens)
+                loss = loss + output.observed.loss_sum * (self.mesh.world.size / totals.tokens)
                 observed = merged((observed, output.observed.detached()))
+            if output.proposal_loss_sum is not None:
+                loss = loss + output.proposal_loss_sum * (self.mesh.world.size / totals.proposal_labels)
+                total[1] += output.proposal_loss_sum.detach()
             self.engine.backward(loss, last=index == len(micro_batches) - 1)
-            total += output.loss_sum.detach()  # read once, at the end: reading waits for the device
-        loss_of_step = float(self.mesh.all_reduce(total)) / labels
-        return loss_of_step, None if observed is None else over_ranks(observed, self.mesh)
+            total[0] += output.loss_sum.detach()  # read once, at the end: reading waits for the device
+        loss_sum, proposal_loss_sum = self.mesh.all_reduce(total).tolist()
+        observed = None if observed is None else over_ranks(observed, self.mesh)
+        return Sums(loss_sum / totals.labels, proposal_loss_sum / totals.proposal_labels, observed)
 
     def _forward(self, batch: MicroBatch) -> Output:
         device = self.mesh.device
         tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
-        return self.engine.forward(tokens_BT, batch.context, labels_BT, self.config.train.loss_chunk)
+        targets = None if batch.targets is None else batch.targets.to(device)
+        return self.engine.forward(tokens_BT, batch.context, labels_BT, self.config.train.loss_chunk, targets)
 
     def _record(
         self, loss: float, grad_norm: float | None, skipped: bool, lr: float, data_hash: int, seconds: float
@@ -223,8 +258,10 @@ class Trainer:
         name = torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else None
         peak = peak_flops(name, self.config.train.precision)
         # What an architecture that transformers computes multiplies per token is not known (experts, for one), and of
-        # a Block Transformer it is not counted: most of its weights multiply once per block.
-        if peak is None or self.model.hf_config is not None or self.model.block is not None:
+        # a Block Transformer it is not counted: most of its weights multiply once per block. Nor is it beside proposal
+        # heads: not all of them run, and a frozen decoder has no backward.
+        model = self.model
+        if peak is None or model.hf_config is not None or model.block is not None or model.proposals is not None:
             return None
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         needed = flops_per_token(self.model, parameters, self.config.sequence.length)

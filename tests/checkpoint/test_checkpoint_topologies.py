@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from training import Case, build, full_state
+from training import Case, build, full_state, model_config
 
 from longctx.checkpoint.format import list_checkpoints
 from longctx.checkpoint.load import load_state, load_weights, restore_engine, restore_rng
 from longctx.checkpoint.save import save_checkpoint
+from longctx.model.block_transformer import build_native
+from longctx.model.proposals import with_proposals
 from longctx.train.callbacks import Checkpoints
 from longctx.train.trainer import Progress, Trainer
 
@@ -187,3 +189,44 @@ def test_checkpoints_come_when_asked_and_the_newest_are_kept(pool: Pool, tmp_pat
     assert json.loads((last / "state.json").read_text()) == {
         "version": 1, "updates": 7, "step": 7, "tokens": 7 * 6 * 23, "nonfinite": 0, "corpora": ["corpus"],
     }  # fmt: skip
+
+
+PROPOSING = {**SHAPE, "proposals": {"heads": 2, "width": 13, "base": "frozen"}}
+
+
+@pytest.mark.parametrize("saved, loaded, precision", [
+    (("3", 2, 2), ("1", 3, 3), "fp32"), (("torch", 2, 1), ("3", 2, 2), "fp32"),
+    pytest.param(("1", 2, 2), ("torch", 1, 1), "fp32", marks=pytest.mark.tier2),
+    pytest.param(("0", 2, 2), ("2", 2, 1), "bf16", marks=pytest.mark.tier2),
+    pytest.param(("2", 2, 2), ("0", 2, 2), "bf16", marks=pytest.mark.tier2),
+    pytest.param(("3", 2, 2), ("1", 2, 2), "bf16", marks=pytest.mark.tier2),
+])  # fmt: skip
+def test_a_frozen_decoder_is_saved_beside_its_heads(
+    pool: Pool, tmp_path: Path, saved: Any, loaded: Any, precision: str
+) -> None:
+    """Whole, once, unrounded and without moments, by engines that partition or round what they do not train."""
+    world, case = place(*saved, model=PROPOSING, precision=precision)
+    wanted, _ = pool.run(train_and_save, world, case, tmp_path)[0]
+    moments = [name for name in wanted if name.startswith("exp_avg ")]
+    assert len(moments) == 8 and all("proposals" in name for name in moments)
+    drawn = {f"weight {name}": tensor for name, tensor in drawn_weights(case).items()}
+    decoder = [name for name in wanted if name.startswith("weight decoder.")]
+    assert_same_bits({name: wanted[name] for name in decoder}, {name: drawn[name] for name in decoder})
+    assert set(drawn) == set(decoder) | {name.replace("exp_avg", "weight") for name in moments}
+    world, case = place(*loaded, model=PROPOSING, precision=precision)
+    restored, _, _ = pool.run(resume, world, case, tmp_path)[0]
+    assert_same_bits(restored, wanted)
+
+
+def drawn_weights(case: Case) -> State:
+    model = with_proposals(build_native(model_config(case), seed=case.seed), case.seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_a_run_with_heads_goes_on_bit_by_bit(pool: Pool, tmp_path: Path) -> None:
+    model = {**SHAPE, "proposals": {"heads": 2, "width": 13}}
+    world, case = place("3", 2, 2, steps=6, model=model)
+    _, straight = pool.run(train_and_save, world, case, tmp_path)[0]
+    _, resumed, _ = pool.run(resume, world, case, tmp_path)[0]
+    for key in ("loss", "proposal_loss", "grad_norm", "data_hash"):
+        assert [r[key] for r in resumed] == [r[key] for r in straight[3:]], key

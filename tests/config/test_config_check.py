@@ -382,6 +382,7 @@ def test_summary(tmp_path: Path) -> None:
         ("recurrence/rmt", 2),
         ("recurrence/armt", 2),
         ("block_transformer", 2),
+        ("proposals", 2),
     ],
 )
 def test_shipped_configs_only_lack_their_data(name: str, world: int) -> None:
@@ -479,3 +480,20 @@ def test_a_wavefront_is_refused_where_it_would_hang_or_idle(tmp_path: Path) -> N
     assert problems(tmp_path / "e", long, "sequence.degree=2") == []
     with pytest.raises(ConfigError, match=r"wavefront needs a memory of every layer.*use kind armt"):
         problems(tmp_path / "f", wave.replace("armt", "rmt"))
+
+
+def test_a_frozen_decoder_is_one_that_was_trained(tmp_path: Path) -> None:
+    """Strategy: without a start, with each of the two, and with recomputation that would have nothing to do."""
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+    frozen = "model.proposals={heads: 2, base: frozen}"
+    (problem,) = problems(tmp_path / "a", frozen)
+    assert problem.startswith("model.proposals.base: frozen would keep a decoder of random weights")
+    assert problems(tmp_path / "b", frozen, f"model.from_hf={hf_folder(tmp_path / 'hf')}") == []
+    assert problems(tmp_path / "c", frozen, "model.from_run=runs/x") == []
+    (problem,) = problems(tmp_path / "d", frozen, "model.from_run=runs/x", "train.recompute=true")
+    assert problem.startswith("train.recompute: has no effect: there is no backward through the decoder")
+    assert problems(tmp_path / "e", frozen.replace("frozen", "joint"), "train.recompute=true") == []
+    found = problems(tmp_path / "f", "model.from_run=runs/x", "model.num_layers=7", "model.from_hf=hf")
+    assert {line.partition(":")[0] for line in found} == {"model.num_layers", "model.from_hf"}
+    assert all("has no effect: it comes from model.from_run (runs/x)" in line for line in found[:1])

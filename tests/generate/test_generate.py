@@ -296,6 +296,18 @@ def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture
         (("--prompt", "a", "--positions", "cache"), "--positions cache has no effect without --keep"),
         (("--prompt", "a", "--keep", "1.5"), "--keep 1.5 is neither a number of tokens nor a share"),
         (("--prompt", "a", "--keep", "-3"), "--keep"),
+        (
+            ("--prompt", "a", "--speculate", "heads"),
+            "has no proposal heads; train some (model.proposals) or use lookup",
+        ),
+        (
+            ("--prompt", "a", "--speculate", "lookup", "--temperature", "0.5"),
+            "--speculate lookup: speculation reproduces greedy decoding, not draws at temperature 0.5",
+        ),
+        (
+            ("--prompt", "a", "--speculate", "lookup", "--keep", "0.5"),
+            "--speculate lookup: speculation and a compressed cache do not go together",
+        ),
         (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
     ],
 )
