@@ -100,11 +100,9 @@ def test_a_compressed_cache_continues_a_text(tmp_path: Path) -> None:
     (source,) = blocks("python", "Decode")
     module: dict[str, Any] = {"__name__": "readme"}
     exec(source, module)  # noqa: S102  (the README is ours)
-    ids = torch.arange(90)[None] * 7 % 29 + 2
+    ids = torch.arange(60)[None] * 7 % 29 + 2  # 4 sinks and 64 recent tokens always stay: nothing goes
     found = module["continued"](str(tmp_path), ids)
-    assert torch.equal(
-        found, model.eval().generate(ids, max_new_tokens=8, do_sample=False)
-    )  # below 512 tokens all stay
+    assert torch.equal(found, model.eval().generate(ids, max_new_tokens=8, do_sample=False))
 
 
 def test_commands_that_decode_are_understood() -> None:
