@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import sys
 import typing
 from dataclasses import asdict
 from pathlib import Path
 
+from longctx.cli import bench_cache
+from longctx.cli.measured import check_file, show_progress, write_json
 from longctx.cli.options import add_config_arguments
 
 if typing.TYPE_CHECKING:
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument("--tokens", metavar="N", default="128", help="tokens to decode (default 128)")
     speculation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
     speculation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    bench_cache.add_arguments(subparsers)
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     others = {
         "precision": _precision, "mixers": _mixers, "handoff": _handoff, "decode": _decode, "generation": _generation,
-        "recall": _recall, "training": _training, "speculation": _speculation,
+        "recall": _recall, "training": _training, "speculation": _speculation, "retrieval": bench_cache.retrieval,
+        "cache": bench_cache.cache,
     }  # fmt: skip
     if args.what in others:
         return others[args.what](args)
@@ -94,12 +97,12 @@ def _measure(args: argparse.Namespace, shape: "Shape") -> int:
     ranks = whole_number("--ranks", args.ranks, 2)
     inner = ranks if args.inner is None else whole_number("--inner", args.inner)
     rounds = whole_number("--rounds", args.rounds)
-    _check_file(args.json)
+    check_file(args.json)
 
     only = [name for name in args.schemes.split(",") if name]
-    report = bench(shape, ranks, rounds, inner, only, _progress)
+    report = bench(shape, ranks, rounds, inner, only, show_progress)
     print("\n".join(table(report)))
-    _write(args.json, report.as_json())
+    write_json(args.json, report.as_json())
     return 0
 
 
@@ -109,20 +112,20 @@ def _simulate(args: argparse.Namespace, shape: "Shape") -> int:
 
     most = whole_number("--simulate", args.simulate, 8)
     inner = 8 if args.inner is None else whole_number("--inner", args.inner)
-    _check_file(args.json)
+    check_file(args.json)
     rows = list(simulate(shape, most, inner))
     print("\n".join(table(rows)))
-    _write(args.json, [row.as_json() for row in rows])
+    write_json(args.json, [row.as_json() for row in rows])
     return 0
 
 
 def _precision(args: argparse.Namespace) -> int:
     from longctx.bench.precision import error_curve, table
 
-    _check_file(args.json)
+    check_file(args.json)
     curve = error_curve()
     print("\n".join(table(curve)))
-    _write(args.json, curve)
+    write_json(args.json, curve)
     return 0
 
 
@@ -138,7 +141,7 @@ def _mixers(args: argparse.Namespace) -> int:
     if unknown := sorted(set(only) - set(MIXER_NAMES)):
         raise ConfigError(f"--mixers {unknown[0]} is unknown; choose from {', '.join(MIXER_NAMES)}")
     for name in ("json", "plot"):
-        _check_file(getattr(args, name), f"--{name}")
+        check_file(getattr(args, name), f"--{name}")
     if args.ranks is not None:
         return _efficiency(args, only)
     if args.length is not None:
@@ -148,9 +151,9 @@ def _mixers(args: argparse.Namespace) -> int:
     if len(set(lengths)) < 2:
         raise ConfigError("--lengths needs at least two different lengths to fit a slope; give more")
     torch.set_num_threads(1)
-    found = growth(lengths, whole_number("--rounds", args.rounds), only, _progress)
+    found = growth(lengths, whole_number("--rounds", args.rounds), only, show_progress)
     print("\n".join(table(found)))
-    _write(args.json, [asdict(row) for row in found])
+    write_json(args.json, [asdict(row) for row in found])
     if args.plot is not None:
         plot(found, args.plot)
         print(f"wrote {args.plot}")
@@ -168,9 +171,9 @@ def _efficiency(args: argparse.Namespace, only: list[str]) -> int:
             raise ConfigError(f"--{name} has no effect with --ranks; leave one out")
     ranks = whole_number("--ranks", args.ranks, 2)
     shape = Shape(16384 if args.length is None else whole_number("--length", args.length), 4, 4)
-    found = efficiency(shape, ranks, whole_number("--rounds", args.rounds), only, _progress)
+    found = efficiency(shape, ranks, whole_number("--rounds", args.rounds), only, show_progress)
     print("\n".join(efficiency_table(found, ranks, shape)))
-    _write(args.json, [asdict(row) for row in found])
+    write_json(args.json, [asdict(row) for row in found])
     return 0
 
 
@@ -179,10 +182,10 @@ def _handoff(args: argparse.Namespace) -> int:
     from longctx.cli.options import whole_number
 
     ranks = whole_number("--ranks", args.ranks, 2)
-    _check_file(args.json)
-    found = bubble(ranks, whole_number("--rounds", args.rounds), _progress)
+    check_file(args.json)
+    found = bubble(ranks, whole_number("--rounds", args.rounds), show_progress)
     print("\n".join(table(found, ranks)))
-    _write(args.json, [asdict(row) for row in found])
+    write_json(args.json, [asdict(row) for row in found])
     return 0
 
 
@@ -196,12 +199,12 @@ def _decode(args: argparse.Namespace) -> int:
     length = whole_number("--length", args.length)
     if odd := [count for count in ranks if length % count]:
         raise ConfigError(f"--length {length} is not a multiple of --ranks {odd[0]}; all ranks hold as many keys")
-    _check_file(args.json)
-    found = measure(Shape(length, 32, 8, 128), ranks, whole_number("--rounds", args.rounds), _progress)
+    check_file(args.json)
+    found = measure(Shape(length, 32, 8, 128), ranks, whole_number("--rounds", args.rounds), show_progress)
     # A layer of a Llama-8B at a million tokens, on nodes of eight.
     found += compute(Shape(2**20, 32, 8, 128), [2**power for power in range(4, 11)])
     print("\n".join(table(found)))
-    _write(args.json, [{**asdict(row), "ratio": row.ratio} for row in found])
+    write_json(args.json, [{**asdict(row), "ratio": row.ratio} for row in found])
     return 0
 
 
@@ -211,10 +214,10 @@ def _generation(args: argparse.Namespace) -> int:
 
     lengths = [whole_number("--lengths", part) for part in args.lengths.split(",")]
     rounds = whole_number("--rounds", args.rounds)
-    _check_file(args.json)
-    found = generation(lengths, rounds, advance_to=_progress)
+    check_file(args.json)
+    found = generation(lengths, rounds, advance_to=show_progress)
     print("\n".join(table(found)))
-    _write(args.json, [asdict(row) for row in found])
+    write_json(args.json, [asdict(row) for row in found])
     return 0
 
 
@@ -230,21 +233,16 @@ def _speculation(args: argparse.Namespace) -> int:
         tokens=whole_number("--tokens", args.tokens, 2),
         **sizes,
     )
-    _check_file(args.json)
+    check_file(args.json)
     try:
         text = args.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
     model, _, tokenizer = open_model(args.model)
-    found = speculation(model, tokenizer.encode(text), plan, _progress)
+    found = speculation(model, tokenizer.encode(text), plan, show_progress)
     print("\n".join(table(found, plan)))
-    _write(args.json, [asdict(row) for row in found])
+    write_json(args.json, [asdict(row) for row in found])
     return 0
-
-
-def _progress(name: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{name:<30}", end="\r", file=sys.stderr, flush=True)
 
 
 def _recall(args: argparse.Namespace) -> int:
@@ -261,7 +259,7 @@ def _recall(args: argparse.Namespace) -> int:
         raise ConfigError(f"--kinds {unknown[0]} is unknown; choose from none, rmt, armt")
     numbers = [whole_number(f"--{name}", getattr(args, name)) for name in ("segments", "steps")]
     plan = Plan(segments=numbers[0], steps=numbers[1], seed=whole_number("--seed", args.seed, 0))
-    _check_file(args.json)
+    check_file(args.json)
     launch, found = read_launch(), []
     sequence = Sequence(length=plan.segments * plan.segment, degree=launch.world)
     with joined_world(Runtime(), sequence, launch) as mesh:
@@ -276,7 +274,7 @@ def _recall(args: argparse.Namespace) -> int:
                 numbers_of = (one, four, found[-1].losses[0], found[-1].losses[-1], found[-1].seconds / 60)
                 print(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers_of) + " |", flush=True)
         if mesh.is_first:
-            _write(args.json, [asdict(result) for result in found])
+            write_json(args.json, [asdict(result) for result in found])
     return 0
 
 
@@ -288,7 +286,7 @@ def _training(args: argparse.Namespace) -> int:
     names = [name for name in args.kinds.split(",") if name] or list(VARIANTS)
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ConfigError(f"--kinds {unknown[0]} is unknown; choose from {', '.join(VARIANTS)}")
-    _check_file(args.json)
+    check_file(args.json)
     launch = read_launch()
     if launch.world > 1:
         raise ConfigError(f"{launch.world} processes were launched and one is measured; start it without a launcher")
@@ -299,7 +297,7 @@ def _training(args: argparse.Namespace) -> int:
         if args.json is not None:  # now: a long run loses nothing
             args.json.write_text(json.dumps([asdict(row) for row in done], indent=1) + "\n", encoding="utf-8")
 
-    train_all(args.config, args.overrides, names, launch, keep, _progress)
+    train_all(args.config, args.overrides, names, launch, keep, show_progress)
     print("\n".join(table(done)))
     if args.json is not None:
         print(f"wrote {args.json}")
@@ -318,17 +316,3 @@ def _shape(args: argparse.Namespace) -> "Shape":
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"--heads {shape.heads} is not a multiple of --kv-heads {shape.kv_heads}; change one of them")
     return shape
-
-
-def _check_file(file: Path | None, option: str = "--json") -> None:
-    """Before hours of measuring, not after."""
-    from longctx.errors import ConfigError
-
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ConfigError(f"{option} {file} cannot be written: give a file in a folder that exists")
-
-
-def _write(file: Path | None, values: object) -> None:
-    if file is not None:
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {file}")

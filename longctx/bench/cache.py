@@ -1,0 +1,177 @@
+"""``longctx bench cache``: what a model still finds in a cache of which a part was thrown away.
+
+By method and share kept. The context is read, compressed at its end, and only then comes the question: a method cannot
+know what will be asked (the way of kvpress). Nothing is
+protected but what a method itself prescribes, so that budgets are equal.
+
+Legend: B rows, T tokens of a context, Q = 2 tokens of a question.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.bench.retrieval import QUESTION, VOCAB, Entries
+from longctx.cache import scorers
+from longctx.cache.compress import Compression, Policy
+from longctx.cache.options import CacheOptions
+from longctx.cache.ragged import all_compressed
+from longctx.errors import ConfigError
+from longctx.generate.decode import LanguageModel, advance
+
+__all__ = ["METHODS", "SHARES", "TASKS", "VOCAB", "WINDOW", "Found", "Method"]
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+WINDOW = 8
+"""Queries that SnapKV looks at, whose tokens it keeps."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer, and what its paper protects or shares."""
+
+    scorer: scorers.Scorer
+    sinks: int = 0
+    recent: int = 0
+    adaptive: bool = False
+
+    def policy(self, share: float) -> Policy:
+        """That keeps a share of the context."""
+        return Policy(ratio=share, sinks=self.sinks, recent=self.recent, adaptive=self.adaptive, every=1 << 30)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "random": Method(scorers.Random()),
+        "key-norm": Method(scorers.KeyNorm()),
+        "key-norm, adaptive": Method(scorers.KeyNorm(), adaptive=True),
+        "key-diff": Method(scorers.KeyDiff()),
+        "snapkv": Method(scorers.SnapKV(WINDOW), recent=WINDOW),
+        "snapkv, adaptive": Method(scorers.SnapKV(WINDOW), recent=WINDOW, adaptive=True),
+        "tova": Method(scorers.TOVA()),
+        "recency": Method(scorers.Recency(), sinks=4),
+    }
+)
+TASKS: Mapping[str, int] = MappingProxyType({"needle": 1, "multi-key": 8})
+"""Entries in a context, of which one is asked for."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Share of right answers of one method at one budget."""
+
+    task: str
+    method: str
+    share: float
+    accuracy: float
+
+
+def questions(task: str, length: int, rows: int, seed: int) -> dict[str, list[Any]]:
+    """Contexts, questions and answers as token ids; rows that training did not see.
+
+    Args:
+        length: tokens of a row in training; contexts are a multiple of 16 so that shares are whole numbers.
+    """
+    context = (length - QUESTION) // 16 * 16
+    source = Entries(context + QUESTION, 1, (TASKS[task], TASKS[task]), seed)
+    drawn = np.stack([source.row(10**9 + row)[0] for row in range(rows)])
+    return {
+        "contexts": drawn[:, :context].tolist(), "questions": drawn[:, context:-1].tolist(),
+        "answers": drawn[:, -1].tolist(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def accuracy(model: LanguageModel, asked: Mapping[str, list[Any]], compression: Compression | None) -> float:
+    """Share of right answers."""
+    context_BT, question_BQ, answer_B = (torch.tensor(asked[k]) for k in ("contexts", "questions", "answers"))
+    _, done = advance(model, context_BT, cache=CacheOptions(block=16, compression=compression))
+    done = done._replace(state=all_compressed(done.state))
+    hidden_BQD, _ = advance(model, question_BQ, done)
+    said_B: Tensor = model.logits(hidden_BQD[:, -1:])[:, 0].argmax(-1)
+    return float((said_B == answer_B).double().mean())
+
+
+def measure(
+    model: LanguageModel, asked: Mapping[str, Mapping[str, list[Any]]], names: Sequence[str],
+    advance_to: Callable[[str], None] = lambda _: None,
+) -> list[Found]:  # fmt: skip
+    """Every task, method and share; the share 1 is measured with the method at work, not assumed.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    if unknown := sorted(set(names) - set(METHODS)):
+        raise ConfigError(f"--methods {unknown[0]} is unknown; choose from {', '.join(METHODS)}")
+    found = []
+    for task, rows in asked.items():
+        for name in names:
+            advance_to(f"{task}: {name}")
+            method = METHODS[name]
+            for share in SHARES:
+                compression = Compression(method.scorer, method.policy(share))
+                found.append(Found(task, name, share, accuracy(model, rows, compression)))
+    return found
+
+
+def read_reference(path: Path) -> list[Found]:
+    """What tools/kvpress_reference.py wrote.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    try:
+        return [Found(**row) for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--compare {path}: {error}; give a file that tools/kvpress_reference.py wrote") from None
+
+
+def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """For a file."""
+    return [asdict(row) for row in found]
+
+
+def table(found: Sequence[Found], reference: Sequence[Found] = ()) -> list[str]:
+    """Percent of right answers as lines of text, beside those of kvpress where it was run."""
+    theirs = {(row.task, row.method, row.share): row.accuracy for row in reference}
+    lines = [f"| task | method | {' | '.join(f'{share:g} kept' for share in SHARES)} |", "|---" * 7 + "|"]
+    ours = {(row.task, row.method): {} for row in found}  # type: dict[tuple[str, str], dict[float, float]]
+    for row in found:
+        ours[row.task, row.method][row.share] = row.accuracy
+    for (task, method), by_share in ours.items():
+        cells = []
+        for share, value in by_share.items():
+            other = theirs.get((task, method, share))
+            cells.append(f"{100 * value:.0f}" + ("" if other is None else f" ({100 * other:.0f})"))
+        lines.append(f"| {task} | {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def plot(found: Sequence[Found], reference: Sequence[Found], path: Path) -> None:
+    """Accuracy over the share kept, a panel per task, lines ours and rings kvpress's, as PNG."""
+    from longctx.report.style import LIGHT, figure, headline
+
+    tasks = list(dict.fromkeys(row.task for row in found))
+    names = list(dict.fromkeys(row.method for row in found))
+    with figure(LIGHT, path, height=4.2, columns=2) as panels:
+        for axes, task in zip(panels, tasks, strict=True):
+            headline(axes, task, "right answers over the share of the cache that stays", LIGHT)
+            for number, name in enumerate(names):
+                style = {"color": f"C{number % 10}", "linewidth": 1.3}
+                ours, theirs = (
+                    sorted((row.share, row.accuracy) for row in rows if (row.task, row.method) == (task, name))
+                    for rows in (found, reference)
+                )
+                axes.semilogx(*zip(*ours, strict=True), "-", base=2, label=name, **style)
+                if theirs:
+                    axes.semilogx(*zip(*theirs, strict=True), "o", base=2, markerfacecolor="none", **style)
+            axes.set_xticks(SHARES, [f"{share:g}" for share in SHARES])
+            axes.set_ylim(-0.02, 1.05)
+            axes.minorticks_off()
+        panels[0].legend(fontsize=7, frameon=False, loc="upper left")
