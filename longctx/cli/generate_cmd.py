@@ -90,11 +90,12 @@ def _checked(args: argparse.Namespace, world: int) -> str:
 
 
 def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int:
-    """All ranks run all tokens and hold a part of the cache each; the first one writes."""
+    """Ranks share the prompt where the model lets them and hold a part of the cache each; the first one writes."""
     import torch
 
     from longctx.checkpoint.folder import open_model
     from longctx.generate import Sampling, stream_text
+    from longctx.generate.shared_prompt import why_replicated
     from longctx.runtime.agreement import agree
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -103,6 +104,9 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
         model, _, tokenizer = open_model(args.model, device=device)
     else:
         model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+        why = why_replicated(model)
+        if why is not None and mesh.is_first:
+            print(f"longctx: every process runs the whole prompt: {why}", file=sys.stderr)
     pieces = stream_text(
         model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
         _cache(args, mesh), whole_number("--chunk", args.chunk),

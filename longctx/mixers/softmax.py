@@ -13,6 +13,7 @@ from longctx.attention.traffic import Call, planned_traffic
 from longctx.cache.attend import cached_attention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.spread import own_rows, whole_chunk
 from longctx.config.schema import Model
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
@@ -64,6 +65,7 @@ def check_state(state: KVState | RaggedKV, context: SequenceContext, rope: Rotar
 class SoftmaxMixer(Mixer):
     """Exact causal softmax attention over the whole sequence or a window of it."""
 
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
@@ -85,6 +87,11 @@ class SoftmaxMixer(Mixer):
     def state_size(cls, config: Model, layer: int) -> StateSize:
         """Keys and values of every token."""
         return StateSize(per_token=2 * config.kv_heads * config.head_size, per_sequence=0)
+
+    @classmethod
+    def carries_over_ranks(cls, config: Model, layer: int) -> bool:
+        """See :class:`Mixer`: a cache in blocks may."""
+        return True
 
     def empty_state(self, batch: int, like: Tensor) -> KVState:
         """See :class:`Mixer`."""
@@ -128,9 +135,10 @@ class SoftmaxMixer(Mixer):
         elif context.past:
             raise ValueError(f"the context has {context.past} past tokens but no state holds them")
         if isinstance(state, RaggedKV):
-            state = state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
-            mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window)
-            state = state.attended(q_BTHE)
+            chunk = whole_chunk(q_BTHE, k_BTKE, v_BTKE, context)
+            state = state.append(chunk.k_BCKE, chunk.v_BCKE, chunk.context.positions(x_BTD.device))
+            mixed_BCHE = cached_attention(chunk.q_BCHE, state, chunk.context, window=self.window)
+            state, mixed_BTHE = state.attended(chunk.q_BCHE), own_rows(mixed_BCHE, context)
         else:
             if state is not None:
                 state = state.append(k_BTKE, v_BTKE)
