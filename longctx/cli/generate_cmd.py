@@ -3,12 +3,14 @@
 import argparse
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 from longctx.cli.options import give_way, whole_number
 
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
+    from longctx.generate.parallel_context import ParallelContext
     from longctx.runtime.mesh import Mesh
 
 HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
@@ -37,7 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-bits", choices=("8", "4"), help="round cached keys and values to so many bits")
     parser.add_argument("--keep", metavar="X", help="tokens per head that stay cached, or a share of them below 1")
     parser.add_argument("--scorer", choices=SCORERS, help="with --keep: which tokens stay (default snapkv)")
+    _add_windows(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallel context", "texts that are read apart, for a prompt that sees them all")
+    group.add_argument("--windows", metavar="FILE", type=Path, nargs="+", help="UTF-8 files, one text each")
+    group.add_argument("--sink", metavar="TEXT", help="text before every window, kept once (default: none)")
+    group.add_argument("--keep-windows", metavar="K", help="windows that the prompt sees (default: all)")
+    group.add_argument(
+        "--windows-per", choices=("head", "model"), help="with --keep-windows: what chooses its windows (default head)"
+    )
+    group.add_argument(
+        "--window-score", choices=("weight", "mean", "highest"),
+        help="with --keep-windows: attention weight, or mean or highest logit (default weight)",
+    )  # fmt: skip
+    group.add_argument(
+        "--query-after", choices=("longest", "total"), help="place of the prompt: behind the longest window or behind "
+        "all of them (default longest)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
     launch = read_launch()
     try:
-        prompt = _checked(args, launch.world)
+        texts = _checked(args, launch.world)
     except ConfigError:
         if launch.rank == 0:
             raise
         return give_way()
     if launch.world == 1:
-        return _generate(args, prompt, None)
+        return _generate(args, texts, None)
     from longctx.config.schema import Runtime, Sequence
     from longctx.runtime.agreement import FailedElsewhere
     from longctx.runtime.process import joined_world
@@ -62,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
         with joined_world(
             Runtime(device=args.device), Sequence(length=launch.world, degree=launch.world), launch
         ) as mesh:
-            return _generate(args, prompt, mesh)
+            return _generate(args, texts, mesh)
     except FailedElsewhere:
         return give_way()
 
 
-def _checked(args: argparse.Namespace, world: int) -> str:
-    """The prompt, once nothing is wrong with the arguments."""
+def _checked(args: argparse.Namespace, world: int) -> list[str]:
+    """The prompt and then the windows, once nothing is wrong with the arguments."""
     import torch
 
     from longctx.errors import ConfigError
@@ -86,15 +107,44 @@ def _checked(args: argparse.Namespace, world: int) -> str:
     whole_number("--max-tokens", args.max_tokens)
     whole_number("--chunk", args.chunk)
     _cache(args, None)
-    return _read_prompt(args)
+    _windowing(args)
+    windows = [_read_text(file, str(file)) for file in args.windows or []]
+    return [_read_prompt(args), *windows]
 
 
-def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int:
+def _windowing(args: argparse.Namespace) -> "ParallelContext":
+    """How windows are attended to.
+
+    Raises:
+        ConfigError: an option has no effect, or a value that it cannot have.
+    """
+    from longctx.errors import ConfigError
+    from longctx.generate.parallel_context import ParallelContext
+
+    needs = {
+        "--sink": (args.sink, "--windows"), "--keep-windows": (args.keep_windows, "--windows"),
+        "--windows-per": (args.windows_per, "--keep-windows"), "--window-score": (args.window_score, "--keep-windows"),
+        "--query-after": (args.query_after, "--windows"),
+    }  # fmt: skip
+    given = {"--windows": args.windows, "--keep-windows": args.keep_windows}
+    for option, (value, other) in needs.items():
+        if value is not None and given[other] is None:
+            raise ConfigError(f"{option} {value} has no effect without {other}; leave it out")
+    if args.windows is not None and args.keep is not None:
+        raise ConfigError(f"--keep {args.keep} does not go with --windows; choose whole windows by --keep-windows")
+    keep = None if args.keep_windows is None else whole_number("--keep-windows", args.keep_windows)
+    return ParallelContext(
+        keep, args.windows_per or "head", args.window_score or "weight", args.query_after or "longest"
+    )
+
+
+def _generate(args: argparse.Namespace, texts: list[str], mesh: "Mesh | None") -> int:
     """Ranks share the prompt where the model lets them and hold a part of the cache each; the first one writes."""
     import torch
 
     from longctx.checkpoint.folder import open_model
     from longctx.generate import Sampling, stream_text
+    from longctx.generate.parallel_context import parallel_context
     from longctx.generate.shared_prompt import why_replicated
     from longctx.runtime.agreement import agree
 
@@ -107,9 +157,16 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
         why = why_replicated(model)
         if why is not None and mesh.is_first:
             print(f"longctx: every process runs the whole prompt: {why}", file=sys.stderr)
+    prompt, *windows = texts
+    cache, chunk, before = _cache(args, mesh), whole_number("--chunk", args.chunk), None
+    if windows:
+        sink, query, *read = ([*tokenizer.encode(text)] for text in (args.sink or "", prompt, *windows))
+        options = _windowing(args)
+        make = partial(parallel_context, model, sink, read, query, options, cache, chunk)
+        before = make() if mesh is None else agree(mesh, make)
     pieces = stream_text(
-        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
-        _cache(args, mesh), whole_number("--chunk", args.chunk),
+        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop, cache, chunk,
+        before,
     )  # fmt: skip
     for piece in pieces:
         if mesh is None or mesh.is_first:
@@ -140,15 +197,19 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    from longctx.errors import DataError
-
     if args.prompt is not None:
         return str(args.prompt)
-    source = args.file or "stdin"
+    return _read_text(args.file, str(args.file or "stdin"))
+
+
+def _read_text(file: Path | None, source: str) -> str:
+    """UTF-8 text of a file, or of stdin."""
+    from longctx.errors import DataError
+
     try:
-        content = sys.stdin.buffer.read() if args.file is None else Path(args.file).read_bytes()
+        content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
         return content.decode()
     except OSError as error:
-        raise DataError(f"cannot read the prompt from {source}: {error.strerror}") from None
+        raise DataError(f"cannot read the text {source}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"the prompt from {source} is not UTF-8 (byte {error.start}); convert it first") from None
+        raise DataError(f"the text {source} is not UTF-8 (byte {error.start}); convert it first") from None

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from longctx.cache.options import CacheOptions
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
-from longctx.generate.decode import LanguageModel, decode_ids
+from longctx.generate.decode import Decoded, LanguageModel, decode_ids
 from longctx.generate.sampling import Sampling
 
 _BROKEN = "\ufffd"
@@ -21,13 +21,14 @@ def stream_text(
     stop: Sequence[str] = (),
     cache: CacheOptions | None = None,
     chunk: int | None = None,
+    before: Decoded | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces.
 
     It ends after ``max_tokens`` tokens, at the tokenizer's end token, or before the first of the ``stop`` strings.
 
     Args:
-        cache, chunk: as for :func:`longctx.generate.decode.decode_ids`.
+        cache, chunk, before: as for :func:`longctx.generate.decode.decode_ids`.
 
     Raises:
         DataError: the prompt is empty.
@@ -37,7 +38,8 @@ def stream_text(
     if not ids:
         raise DataError("the prompt is empty; give some text to continue")
     words, stopper = _Words(tokenizer, ids), _Stopper(stop)
-    for (token,) in decode_ids(model, [ids], max_tokens, sampling, cache=cache or CacheOptions(), chunk=chunk):
+    cache = cache or CacheOptions()
+    for (token,) in decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before):
         if token == tokenizer.eos_id:
             break
         piece = stopper.push(words.push(token))

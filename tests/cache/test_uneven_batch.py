@@ -1,5 +1,6 @@
 """Prompts of different lengths in one batch: hidden states and texts of each are those of the prompt alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ def test_a_row_is_as_if_alone(name: str, seed: int) -> None:
             most = LENGTHS[1] + 14
             assert cache.blocks <= 2 * 3 * -(-most // 4)  # 2 rows of 3 heads: those that left hold nothing
             assert len(cache.pool.position_NC) <= 2 * cache.blocks
+
+
+@torch.no_grad()
+def test_rows_that_forget_how_short_they_are_are_noticed(seed: int) -> None:
+    """A planted fault: positions of the longest row for all."""
+    model = model_of("softmax", seed).double()
+    together = joined([advance(model, torch.tensor([prompt]))[1] for prompt in prompts_of(seed)])
+    tokens = torch.zeros(len(LENGTHS), 1, dtype=torch.int64)
+    right = advance(model, tokens, together)[0]
+    wrong = advance(model, tokens, together._replace(context=replace(together.context, short=())))[0]
+    moved_B = (right - wrong).abs().amax((1, 2)) > 1e-3
+    assert moved_B.tolist() == [length != max(LENGTHS) for length in LENGTHS]
 
 
 @pytest.mark.parametrize("name", [*sorted(MIXERS), "window", "block"])
