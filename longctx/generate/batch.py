@@ -24,14 +24,17 @@ from longctx.errors import UnsupportedError
 from longctx.generate.decode import Decoded, LanguageModel, advance, prefilled
 from longctx.generate.sampling import Sampling
 from longctx.mixers import MIXERS
+from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM
 from longctx.sequence.context import SequenceContext
 
 
 def rows_apart(model: Any, cache: CacheOptions) -> bool:
     """Whether rows with pasts of different lengths may take steps of this model together."""
-    if type(model) is not CausalLM or cache.compression is not None:
+    if cache.compression is not None:
         return False
+    if type(model) is not CausalLM:
+        return isinstance(model, AttachedCausalLM)  # which keeps keys and values and nothing else
     return all(MIXERS[name].rows_apart for name in model.config.mixers)
 
 

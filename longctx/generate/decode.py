@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S tokens so far, D model, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
 from longctx.generate.shared_prompt import is_shared, run_shared
-from longctx.model.decoder import CausalLM
 from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
 
@@ -80,7 +79,7 @@ def advance(
         run_BT, context = tokens_BS, SequenceContext.single(batch, length)
         state = model.empty_state(batch, cache)
     if is_shared(model, run_BT.shape[1], cache):
-        hidden_BTD, state = run_shared(cast(CausalLM, model), run_BT, context, state, last_only, cache)
+        hidden_BTD, state = run_shared(model, run_BT, context, state, last_only, cache)
     else:
         output = model(run_BT, context, state=state, last_only=last_only)
         hidden_BTD, state = output.hidden_BTD, output.state

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from longctx.cache.options import CacheOptions
 from longctx.cache.spread import gather_chunk
 from longctx.mixers import MIXERS
+from longctx.model.attached import AttachedCausalLM
 from longctx.model.decoder import CausalLM
 from longctx.sequence.collectives.summaries import share
 from longctx.sequence.context import SequenceContext
@@ -26,6 +27,8 @@ _EACH = 8
 
 def why_replicated(model: Any) -> str | None:
     """Why every rank must run all tokens of a prompt; None: they can share them."""
+    if isinstance(model, AttachedCausalLM):  # which keeps keys and values and nothing else
+        return None
     if type(model) is not CausalLM:
         return f"{type(model).__name__} takes no decode state on a part of a sequence"
     for layer, name in enumerate(model.config.mixers):
@@ -42,7 +45,7 @@ def is_shared(model: Any, new: int, cache: CacheOptions) -> bool:
 
 @torch.no_grad()
 def run_shared(
-    model: CausalLM, new_BC: Tensor, context: SequenceContext, state: Any, last_only: bool, cache: CacheOptions
+    model: Any, new_BC: Tensor, context: SequenceContext, state: Any, last_only: bool, cache: CacheOptions
 ) -> tuple[Tensor, Any]:
     """What the model makes of a chunk on one rank: hidden states [B, C, D] or of the last token, and the new state.
 
