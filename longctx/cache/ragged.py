@@ -35,19 +35,20 @@ class RaggedKV:
         queries_BHWE: the last queries, where the compression asks for some.
         rotation: of the keys; None: not known, or it depends on the length.
         origin: of keys that have moved, where they are rounded.
+        short: tokens by which each row has seen fewer than ``seen``; empty: none (see SequenceContext).
     """
 
     __slots__ = (
         "__weakref__", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen", "settled",
-        "window",
+        "short", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
-        rotation: Rotation | None = None, origin: Origin | None = None,
+        rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
-        self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
+        self.pool, self.options, self.kv_heads, self.window, self.short = pool, options, kv_heads, window, short
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
         self.rotation, self.origin = rotation, origin
         if origin is None and options.moves and pool.rounds:
@@ -132,7 +133,9 @@ class RaggedKV:
 
         Raises:
             ValueError: tokens before it were evicted for the sake of those behind it.
+            UnsupportedError: rows differ in length.
         """
+        self._check_even("cut back")
         if before < self.settled:
             raise ValueError(
                 f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
@@ -156,7 +159,12 @@ class RaggedKV:
         return self._with(*self.pool.compacted(self.layout, kept_NC))
 
     def parts(self) -> tuple[Any, ...]:
-        """Numbers and tensors that :meth:`from_parts` makes the same cache of."""
+        """Numbers and tensors that :meth:`from_parts` makes the same cache of.
+
+        Raises:
+            UnsupportedError: rows differ in length.
+        """
+        self._check_even("written down")
         layout, options = self.layout, self.options
         pool = self.pool.copy(layout.capacity)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
@@ -242,6 +250,7 @@ class RaggedKV:
         compression = self.options.compression
         if compression is None or self.settled == self.seen:
             return self
+        self._check_even("compressed")
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
         tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
         masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
@@ -273,8 +282,9 @@ class RaggedKV:
         """Without the tokens that no later query sees, once they are a quarter of the window."""
         if self.window is None or self.seen - max(self.settled, self.window) < max(self.window // 4, 1):
             return self
-        oldest = self.seen - self.window + 1
-        cache = self.kept([self.lane(lane)[2].cpu() >= oldest for lane in range(len(self.lengths_R))])
+        oldest_B = [self.seen - self.window + 1 - short for short in self.short or (0,) * self.batch]
+        lanes = range(len(self.lengths_R))
+        cache = self.kept([self.lane(lane)[2].cpu() >= oldest_B[lane // self.kv_heads] for lane in lanes])
         return cache._with(cache.pool, cache.layout, settled=self.seen)
 
     def _with(
@@ -285,8 +295,12 @@ class RaggedKV:
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
-            self.origin if origin is None else origin,
+            self.origin if origin is None else origin, self.short,
         )  # fmt: skip
+
+    def _check_even(self, what: str) -> None:
+        if self.short:
+            raise UnsupportedError(f"a cache whose rows differ in length cannot be {what}; run the rows apart")
 
     def _own_pool(self) -> Pool:
         """The pool, if nobody else sees what lies behind these tokens."""

@@ -4,12 +4,14 @@ import argparse
 import importlib
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 from longctx.cli.options import give_way, whole_number
 
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
+    from longctx.generate.parallel_context import ParallelContext
     from longctx.generate.speculate import Counted
     from longctx.runtime.mesh import Mesh
 
@@ -47,7 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculate", choices=("none", "heads", "lookup"), default="none",
         help="several tokens per step, of proposal heads or of what the text said before; greedy text stays the same",
     )  # fmt: skip
+    _add_windows(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallel context", "texts that are read apart, for a prompt that sees them all")
+    group.add_argument("--windows", metavar="FILE", type=Path, nargs="+", help="UTF-8 files, one text each")
+    group.add_argument("--sink", metavar="TEXT", help="text before every window, kept once (default: none)")
+    group.add_argument("--keep-windows", metavar="K", help="windows that the prompt sees (default: all)")
+    group.add_argument(
+        "--windows-per", choices=("head", "model"), help="with --keep-windows: what chooses its windows (default head)"
+    )
+    group.add_argument(
+        "--window-score", choices=("weight", "mean", "highest"),
+        help="with --keep-windows: attention weight, or mean or highest logit (default weight)",
+    )  # fmt: skip
+    group.add_argument(
+        "--query-after", choices=("longest", "total"), help="place of the prompt: behind the longest window or behind "
+        "all of them (default longest)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
 
     launch = read_launch()
     try:
-        prompt = _checked(args, launch.world)
+        texts = _checked(args, launch.world)
     except ConfigError:
         if launch.rank == 0:
             raise
         return give_way()
     if launch.world == 1:
-        return _generate(args, prompt, None)
+        return _generate(args, texts, None)
     from longctx.config.schema import Runtime, Sequence
     from longctx.runtime.agreement import FailedElsewhere
     from longctx.runtime.process import joined_world
@@ -72,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
         with joined_world(
             Runtime(device=args.device), Sequence(length=launch.world, degree=launch.world), launch
         ) as mesh:
-            return _generate(args, prompt, mesh)
+            return _generate(args, texts, mesh)
     except FailedElsewhere:
         return give_way()
 
 
-def _checked(args: argparse.Namespace, world: int) -> str:
-    """The prompt, once nothing is wrong with the arguments."""
+def _checked(args: argparse.Namespace, world: int) -> list[str]:
+    """The prompt and then the windows, once nothing is wrong with the arguments."""
     import torch
 
     from longctx.errors import ConfigError
@@ -105,15 +126,47 @@ def _checked(args: argparse.Namespace, world: int) -> str:
             check_speculation(Sampling(args.temperature, args.top_p, args.seed), cache)
         except ConfigError as error:
             raise ConfigError(f"--speculate {args.speculate}: {error}") from None
-    return _read_prompt(args)
+    _windowing(args)
+    windows = [_read_text(file, str(file)) for file in args.windows or []]
+    return [_read_prompt(args), *windows]
 
 
-def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int:
-    """All ranks run all tokens and hold a part of the cache each; the first one writes."""
+def _windowing(args: argparse.Namespace) -> "ParallelContext":
+    """How windows are attended to.
+
+    Raises:
+        ConfigError: an option has no effect, or a value that it cannot have.
+    """
+    from longctx.errors import ConfigError
+    from longctx.generate.parallel_context import ParallelContext
+
+    needs = {
+        "--sink": (args.sink, "--windows"), "--keep-windows": (args.keep_windows, "--windows"),
+        "--windows-per": (args.windows_per, "--keep-windows"), "--window-score": (args.window_score, "--keep-windows"),
+        "--query-after": (args.query_after, "--windows"),
+    }  # fmt: skip
+    given = {"--windows": args.windows, "--keep-windows": args.keep_windows}
+    for option, (value, other) in needs.items():
+        if value is not None and given[other] is None:
+            raise ConfigError(f"{option} {value} has no effect without {other}; leave it out")
+    if args.windows is not None and args.speculate != "none":
+        raise ConfigError(f"--speculate {args.speculate} does not go with --windows; leave one out")
+    if args.windows is not None and args.keep is not None:
+        raise ConfigError(f"--keep {args.keep} does not go with --windows; choose whole windows by --keep-windows")
+    keep = None if args.keep_windows is None else whole_number("--keep-windows", args.keep_windows)
+    return ParallelContext(
+        keep, args.windows_per or "head", args.window_score or "weight", args.query_after or "longest"
+    )
+
+
+def _generate(args: argparse.Namespace, texts: list[str], mesh: "Mesh | None") -> int:
+    """Ranks share the prompt where the model lets them and hold a part of the cache each; the first one writes."""
     import torch
 
     from longctx.checkpoint.folder import open_model
     from longctx.generate import Sampling, stream_text
+    from longctx.generate.parallel_context import parallel_context
+    from longctx.generate.shared_prompt import why_replicated
     from longctx.runtime.agreement import agree
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -122,10 +175,20 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
         model, _, tokenizer = open_model(args.model, device=device)
     else:
         model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+        why = why_replicated(model)
+        if why is not None and mesh.is_first:
+            print(f"longctx: every process runs the whole prompt: {why}", file=sys.stderr)
     proposer = _proposer(args, model) if mesh is None else agree(mesh, lambda: _proposer(args, model))
+    prompt, *windows = texts
+    cache, chunk, before = _cache(args, mesh), whole_number("--chunk", args.chunk), None
+    if windows:
+        sink, query, *read = ([*tokenizer.encode(text)] for text in (args.sink or "", prompt, *windows))
+        options = _windowing(args)
+        make = partial(parallel_context, model, sink, read, query, options, cache, chunk)
+        before = make() if mesh is None else agree(mesh, make)
     pieces = stream_text(
-        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
-        _cache(args, mesh), whole_number("--chunk", args.chunk), proposer,
+        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop, cache, chunk,
+        proposer, before,
     )  # fmt: skip
     for piece in pieces:
         if mesh is None or mesh.is_first:
@@ -175,15 +238,19 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    from longctx.errors import DataError
-
     if args.prompt is not None:
         return str(args.prompt)
-    source = args.file or "stdin"
+    return _read_text(args.file, str(args.file or "stdin"))
+
+
+def _read_text(file: Path | None, source: str) -> str:
+    """UTF-8 text of a file, or of stdin."""
+    from longctx.errors import DataError
+
     try:
-        content = sys.stdin.buffer.read() if args.file is None else Path(args.file).read_bytes()
+        content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
         return content.decode()
     except OSError as error:
-        raise DataError(f"cannot read the prompt from {source}: {error.strerror}") from None
+        raise DataError(f"cannot read the text {source}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"the prompt from {source} is not UTF-8 (byte {error.start}); convert it first") from None
+        raise DataError(f"the text {source} is not UTF-8 (byte {error.start}); convert it first") from None

@@ -1,6 +1,7 @@
-"""Decoding on one rank: prefill, steps with a state, sampling, text with stop strings."""
+"""Decoding: prefill, steps with a state, sampling, text with stop strings."""
 
-from longctx.generate.decode import decode_ids, generate
+from longctx.generate.batch import generate
+from longctx.generate.decode import decode_ids
 from longctx.generate.sampling import Sampling
 from longctx.generate.text import stream_text
 

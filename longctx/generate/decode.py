@@ -1,9 +1,8 @@
-"""Prefill and single steps with the decode state, for a batch of prompts on one rank.
+"""Prefill and single steps with the decode state, for a batch of prompts of one length.
 
 Shapes: B batch, T new tokens, S tokens so far, D model, V vocabulary.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from longctx.cache.sinks import with_sinks
 from longctx.config.schema import Model
 from longctx.errors import DataError
 from longctx.generate.sampling import Sampling
+from longctx.generate.shared_prompt import is_shared, run_shared
 from longctx.model.head import OutputHead
 from longctx.sequence.context import SequenceContext
 
@@ -68,50 +68,23 @@ def advance(
     """Run the tokens that follow ``before`` (None: the first ones); their hidden states [B, T, D], and all so far.
 
     With ``last_only`` only the last one's [B, 1, D], which lets the others leave some decoders early (YOCO). ``cache``
-    says how keys and values are stored, from the first tokens on.
+    says how keys and values are stored, from the first tokens on; ranks that share them share many tokens, too.
     """
     batch, new = new_BT.shape
     tokens_BS = new_BT if before is None else torch.cat((before.tokens_BS, new_BT), dim=1)
     length = tokens_BS.shape[1]
     if before is not None and model.state_survives(length - new, length):
-        context = before.context.extend(new)
-        output = model(new_BT, context, state=before.state, last_only=last_only)
+        run_BT, context, state = new_BT, before.context.extend(new), before.state
     else:
         # First tokens, or a rotary type whose earlier states are no longer valid at this length: run all of them.
-        context = SequenceContext.single(batch, length)
-        output = model(tokens_BS, context, state=model.empty_state(batch, cache), last_only=last_only)
-    return output.hidden_BTD[:, -new:], Decoded(tokens_BS, context, output.state)
-
-
-def generate(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling | None = None,
-    eos_id: int | None = None,
-) -> list[list[int]]:
-    """Continue every prompt by up to ``max_tokens`` tokens; an end token ends it and is not returned.
-
-    Prompts of equal length run together.
-
-    Raises:
-        DataError: a prompt is empty.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
-    results: list[list[int]] = [[] for _ in prompts]
-    for indices in by_length.values():
-        running = set(indices)
-        for row in decode_ids(model, [prompts[i] for i in indices], max_tokens, sampling, streams=indices):
-            for index, token in zip(indices, row, strict=True):
-                if token == eos_id:
-                    running.discard(index)
-                elif index in running:
-                    results[index].append(token)
-            if not running:
-                break
-    return results
+        run_BT, context = tokens_BS, SequenceContext.single(batch, length)
+        state = model.empty_state(batch, cache)
+    if is_shared(model, run_BT.shape[1], cache):
+        hidden_BTD, state = run_shared(model, run_BT, context, state, last_only, cache)
+    else:
+        output = model(run_BT, context, state=state, last_only=last_only)
+        hidden_BTD, state = output.hidden_BTD, output.state
+    return hidden_BTD[:, -new:], Decoded(tokens_BS, context, state)
 
 
 @torch.no_grad()
@@ -123,6 +96,7 @@ def decode_ids(
     streams: Sequence[int] | None = None,
     cache: CacheOptions = _CACHE,
     chunk: int | None = None,
+    before: Decoded | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, ``max_tokens`` times; all prompts have the same length.
 
@@ -132,23 +106,42 @@ def decode_ids(
         streams: number of each prompt's random stream (see :class:`Sampling`); default: its row.
         cache: how keys and values are stored.
         chunk: tokens of the prompts that run at a time, which bounds the memory they need; default: all.
+        before: what the prompts follow.
+
+    Raises:
+        DataError: the prompts are empty.
+    """
+    sampling = sampling or Sampling()
+    generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
+    hidden_B1D, done = prefilled(model, prompts, cache, chunk, before)
+    for step in range(max_tokens):
+        logits_BV = model.logits(hidden_B1D)[:, 0]
+        row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]
+        yield row
+        if step + 1 < max_tokens:
+            chosen = torch.tensor(row, dtype=torch.int64, device=hidden_B1D.device)[:, None]
+            hidden_B1D, done = advance(model, chosen, done, last_only=True, cache=cache)
+
+
+def prefilled(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], cache: CacheOptions = _CACHE, chunk: int | None = None,
+    before: Decoded | None = None,
+) -> tuple[Tensor, Decoded]:  # fmt: skip
+    """The last hidden states [B, 1, D] of prompts of one length, and their state, compressed where it is to be.
+
+    Args:
+        before, cache, chunk: as for :func:`decode_ids`.
 
     Raises:
         DataError: the prompts are empty.
     """
     if not prompts or not prompts[0]:
         raise DataError("the prompt is empty; give at least one token to continue")
-    sampling = sampling or Sampling()
-    generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
-    device = model.head.weight.device
-    done = None
-    chosen = torch.tensor([with_sinks(prompt, model.config) for prompt in prompts], dtype=torch.int64, device=device)
-    for _ in range(max_tokens):
-        for part in torch.split(chosen, chunk or chosen.shape[1], dim=1):
-            hidden_B1D, done = advance(model, part, done, last_only=True, cache=cache)
-        if done is not None and chosen.shape[1] > 1:
-            done = done._replace(state=all_compressed(done.state))
-        logits_BV = model.logits(hidden_B1D)[:, 0]
-        row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]
-        yield row
-        chosen = torch.tensor(row, dtype=torch.int64, device=device)[:, None]
+    done = before
+    if before is None:
+        prompts = [with_sinks(prompt, model.config) for prompt in prompts]
+    tokens_BT = torch.tensor(prompts, dtype=torch.int64, device=model.head.weight.device)
+    for part in torch.split(tokens_BT, chunk or tokens_BT.shape[1], dim=1):
+        hidden_BTD, done = advance(model, part, done, last_only=True, cache=cache)
+    assert done is not None
+    return hidden_BTD, done._replace(state=all_compressed(done.state)) if tokens_BT.shape[1] > 1 else done

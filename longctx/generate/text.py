@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from longctx.cache.options import CacheOptions
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
-from longctx.generate.decode import LanguageModel, decode_ids
+from longctx.generate.decode import Decoded, LanguageModel, decode_ids
 from longctx.generate.sampling import Sampling
 from longctx.generate.speculate import Proposer, speculate_ids
 
@@ -23,14 +23,15 @@ def stream_text(
     cache: CacheOptions | None = None,
     chunk: int | None = None,
     proposer: Proposer | None = None,
+    before: Decoded | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces.
 
     It ends after ``max_tokens`` tokens, at the tokenizer's end token, or before the first of the ``stop`` strings.
 
     Args:
-        cache, chunk: as for :func:`longctx.generate.decode.decode_ids`.
-        proposer: of several tokens per step; the text stays what greedy decoding writes.
+        cache, chunk, before: as for :func:`longctx.generate.decode.decode_ids`.
+        proposer: of several tokens per step; the text stays what greedy decoding writes. It takes no ``before``.
 
     Raises:
         DataError: the prompt is empty.
@@ -42,7 +43,8 @@ def stream_text(
     words, stopper = _Words(tokenizer, ids), _Stopper(stop)
     cache = cache or CacheOptions()
     if proposer is None:
-        tokens = (row[0] for row in decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk))
+        rows = decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before)
+        tokens = (row[0] for row in rows)
     else:
         check_speculation(sampling or Sampling(), cache)
         tokens = (token for run in speculate_ids(model, ids, max_tokens, proposer, cache, chunk) for token in run)

@@ -58,6 +58,7 @@ class AgaliteMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = AgaliteOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

@@ -60,6 +60,9 @@ class Mixer(nn.Module, ABC):
     offers: bool = False
     """Whether :meth:`offer` makes a memory for this and later layers."""
 
+    rows_apart: ClassVar[bool] = False
+    """Whether rows with pasts of different lengths may step together: a step depends on positions and state alone."""
+
     causal: ClassVar[bool]
     collectives: ClassVar[frozenset[str]]
     layouts: ClassVar[frozenset[str]]
@@ -89,6 +92,11 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def state_size(cls, config: Model, layer: int) -> StateSize:
         """Size of the decode state of one layer."""
+
+    @classmethod
+    def carries_over_ranks(cls, config: Model, layer: int) -> bool:
+        """Whether a decode state may enter a chunk of tokens that is cut over ranks; as a rule not one that grows."""
+        return cls.state_size(config, layer).per_token == 0
 
     @abstractmethod
     def empty_state(self, batch: int, like: Tensor) -> Any:

@@ -40,6 +40,7 @@ class LightConvMixer(Mixer):
     """See the top of this file; one kernel for each of the model's heads."""
 
     Options: ClassVar[type[Section]] = ConvOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"halo"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

@@ -53,6 +53,7 @@ class FastMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = FastOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

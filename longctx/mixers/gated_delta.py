@@ -44,6 +44,7 @@ class GatedDeltaMixer(Mixer):
     """See the top of this file; the key size is the head size of the model."""
 
     Options: ClassVar[type[Section]] = GatedDeltaOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"halo", "scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

@@ -41,6 +41,7 @@ class GatedRetentionMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = GatedRetentionOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

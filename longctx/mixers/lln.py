@@ -58,6 +58,7 @@ class LLNMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = LLNOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"scan", "halo"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

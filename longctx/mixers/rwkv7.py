@@ -66,6 +66,7 @@ class RWKV7Mixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = RWKV7Options
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"halo", "scan"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

@@ -19,6 +19,7 @@ from longctx.cache.attend import cached_attention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.rotation import Rotation
+from longctx.cache.spread import own_rows, whole_chunk
 from longctx.config.schema import Model, Section
 from longctx.errors import UnsupportedError
 from longctx.mixers.base import Mixer, StateSize
@@ -83,6 +84,7 @@ class SoftmaxMixer(Mixer):
     """Exact causal softmax attention over the whole sequence or a window of it."""
 
     Options: ClassVar[type[Section]] = SoftmaxOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"ring", "transpose", "gather"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "striped", "balanced"})
@@ -106,6 +108,11 @@ class SoftmaxMixer(Mixer):
     def state_size(cls, config: Model, layer: int) -> StateSize:
         """Keys and values of every token."""
         return StateSize(per_token=2 * config.kv_heads * config.head_size, per_sequence=0)
+
+    @classmethod
+    def carries_over_ranks(cls, config: Model, layer: int) -> bool:
+        """See :class:`Mixer`: a cache in blocks may."""
+        return True
 
     def empty_state(self, batch: int, like: Tensor) -> KVState:
         """See :class:`Mixer`."""
@@ -155,9 +162,10 @@ class SoftmaxMixer(Mixer):
             raise ValueError(f"the context has {context.past} past tokens but no state holds them")
         bias_2KE = None if self.kv_bias is None else self.kv_bias()
         if isinstance(state, RaggedKV):
-            state = state.append(k_BTKE, v_BTKE, context.positions(x_BTD.device))
-            mixed_BTHE = cached_attention(q_BTHE, state, context, window=self.window, bias_2KE=bias_2KE)
-            state = state.attended(q_BTHE)
+            chunk = whole_chunk(q_BTHE, k_BTKE, v_BTKE, context)
+            state = state.append(chunk.k_BCKE, chunk.v_BCKE, chunk.context.positions(x_BTD.device))
+            mixed_BCHE = cached_attention(chunk.q_BCHE, state, chunk.context, window=self.window, bias_2KE=bias_2KE)
+            state, mixed_BTHE = state.attended(chunk.q_BCHE), own_rows(mixed_BCHE, context)
         else:
             if state is not None:
                 state = state.append(k_BTKE, v_BTKE)

@@ -44,6 +44,7 @@ class TTTMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = TTTOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     collectives: ClassVar[frozenset[str]] = frozenset({"handoff"})
     layouts: ClassVar[frozenset[str]] = frozenset({"contiguous", "zigzag", "balanced"})

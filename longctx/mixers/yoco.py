@@ -55,6 +55,7 @@ class YocoMixer(Mixer):
     """See the top of this file."""
 
     Options: ClassVar[type[Section]] = YocoOptions
+    rows_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     takes_memory: ClassVar[bool] = True
     memory_suffices: ClassVar[bool] = True

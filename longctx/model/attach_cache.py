@@ -20,6 +20,7 @@ from longctx.cache.ragged import RaggedKV
 from longctx.cache.representation import told
 from longctx.cache.rotation import Rotation
 from longctx.cache.scorers import Scorer
+from longctx.cache.spread import own_rows, whole_chunk
 from longctx.errors import UnsupportedError
 from longctx.model.attach_rotary import length_dependent
 from longctx.model.attach_rotation import find_rotations
@@ -86,11 +87,12 @@ class LayerCaches:
             batch, _, kv_heads, size = k_BTKE.shape
             options = state.options.for_layer(layer, len(self.states))
             state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window, state.rotation)
-        state = state.append(k_BTKE, v_BTKE, context.positions(k_BTKE.device))
-        out_BTHE = cached_attention(q_BTHE, state, context, window=window, sink_H=sink_H, scale=scale, softcap=softcap)
-        state = state.attended(q_BTHE)
+        q_BCHE, k_BCKE, v_BCKE, whole = whole_chunk(q_BTHE, k_BTKE, v_BTKE, context)
+        state = state.append(k_BCKE, v_BCKE, whole.positions(k_BTKE.device))
+        out_BCHE = cached_attention(q_BCHE, state, whole, window=window, sink_H=sink_H, scale=scale, softcap=softcap)
+        state = state.attended(q_BCHE)
         self.states[layer] = state.compressed() if self.prompt and state.branch is None else state
-        return out_BTHE
+        return own_rows(out_BCHE, context)
 
     @property
     def reports(self) -> bool:

@@ -187,7 +187,7 @@ class CausalLM(nn.Module):
             cache: how keys and values are stored, without gradients; None: as plain tensors, with gradients.
 
         Raises:
-            UnsupportedError: the cache is asked to round keys and values, and there are none.
+            UnsupportedError: something is asked of the cache, and there are no keys and values.
         """
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
@@ -198,7 +198,11 @@ class CausalLM(nn.Module):
         caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
         states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
         if not any(isinstance(state, RaggedKV) for state in states):
-            cache.check_plain("no layer of this model keeps keys and values")
+            kinds = enumerate(self.config.mixers)
+            shared = all(MIXERS[name].carries_over_ranks(self.config, layer) for layer, name in kinds)
+            # Ranks without anything to keep can still share the work of a prompt.
+            plain = replace(cache, ranks=None) if shared else cache
+            plain.check_plain("no layer of this model keeps keys and values")
         return states
 
     def forward(

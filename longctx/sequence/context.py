@@ -3,7 +3,7 @@
 Legend: B batch, T local tokens, S global tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -26,7 +26,9 @@ class SequenceContext:
 
     ``documents[b]`` are the ascending global start offsets of the documents in row b; the first is 0. Immutable; built
     per micro-batch on the host, identically on every rank. ``scheme`` says how attention moves over the ranks.
-    ``ledger``, when given, records every collective; ``kept`` is given inside a recomputed region.
+    ``ledger``, when given, records every collective; ``kept`` is given inside a recomputed region. ``short[b]`` (empty:
+    none) are the tokens by which row b is shorter than ``length`` when rows of different lengths decode together: all
+    rows end together and the short ones begin later.
     """
 
     group: Group
@@ -36,6 +38,7 @@ class SequenceContext:
     scheme: str = "ring"
     ledger: Ledger | None = None
     kept: Kept | None = None
+    short: tuple[int, ...] = ()
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,19 @@ class SequenceContext:
             raise ValueError(f"documents of {len(documents)} rows for a batch of {batch} rows")
         documents = ((0,),) * batch if documents is None else documents
         return SequenceContext(Group(0, (0,)), contiguous(length, 1), documents)
+
+    @staticmethod
+    def uneven(lengths: Sequence[int]) -> "SequenceContext":
+        """Rows of these lengths, one document each, to be extended together."""
+        longest = max(lengths)
+        whole = SequenceContext.single(len(lengths), longest)
+        short = tuple(longest - length for length in lengths)
+        return replace(whole, short=short if any(short) else ())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Global tokens of every row."""
+        return tuple(self.length - short for short in self.short or (0,) * self.batch)
 
     @property
     def batch(self) -> int:
@@ -106,6 +122,23 @@ class SequenceContext:
         layout = Layout(self.length + new, ((Run(self.length, self.length + new),),))
         return replace(self, layout=layout, past=self.length)
 
+    def spread(self, group: Group, ledger: Ledger | None = None) -> "SequenceContext":
+        """The new tokens of one rank cut over the ranks of ``group``, neighbours together; past ones stay past.
+
+        Raises:
+            UnsupportedError: the tokens are cut already.
+        """
+        if self.degree > 1:
+            raise UnsupportedError(f"the sequence is cut over {self.degree} ranks already; spread that of one")
+        cut, past = contiguous(self.length - self.past, group.size), self.past
+        runs = tuple(tuple(Run(run.start + past, run.stop + past) for run in own) for own in cut.runs)
+        return replace(self, group=group, layout=Layout(self.length, runs), ledger=ledger)
+
+    def on_one_rank(self) -> "SequenceContext":
+        """The new tokens of all ranks on one."""
+        layout = Layout(self.length, ((Run(self.past, self.length),),))
+        return replace(self, group=Group(0, (0,)), layout=layout, ledger=None, kept=None)
+
     def last(self) -> "SequenceContext":
         """The context of the last token alone, all others past; on one rank."""
         layout = Layout(self.length, ((Run(self.length - 1, self.length),),))
@@ -118,7 +151,13 @@ class SequenceContext:
         return self._made[key]
 
     def plan(self, causal: bool = True, window: int | None = None) -> AttentionPlan:
-        """The attention plan of these tokens over this context's keys, computed once."""
+        """The attention plan of these tokens over this context's keys, computed once.
+
+        Raises:
+            UnsupportedError: rows differ in length.
+        """
+        if self.short:
+            raise UnsupportedError("rows of different lengths attend over caches in blocks only; run them apart")
         keys = contiguous(self.length, 1) if self.past else self.layout
         make = partial(AttentionPlan, self.layout, keys, self.documents, causal, window)
         plan: AttentionPlan = self.once(("plan", causal, window), make)
@@ -136,6 +175,8 @@ class SequenceContext:
         for starts in self.documents:
             starts_N = torch.tensor(starts)
             rows.append(index_T - starts_N[torch.searchsorted(starts_N, index_T, right=True) - 1])
+        if self.short:
+            rows = [row - short for row, short in zip(rows, self.short, strict=True)]
         return torch.stack(rows).to(device) if rows else index_T.new_empty(0, self.local_length)
 
     def shard(self, x_BS: torch.Tensor) -> torch.Tensor:

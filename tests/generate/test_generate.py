@@ -271,17 +271,51 @@ def test_names_of_scorers_and_positions_reach_the_cache() -> None:
             assert (compression.policy.ratio, compression.policy.positions) == (0.25, positions)
 
 
+@pytest.fixture(scope="module")
+def unwindowed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without sliding windows."""
+    root = tmp_path_factory.mktemp("unwindowed")
+    vocab = load_tokenizer(folder)
+    more = {"sliding_window": None, "window_layers": None, "vocab_size": vocab.vocab_size, "eos_token_id": 2}
+    config = Model.model_validate({**CONFIG.model_dump(), **more})
+    save_hf(CausalLM(config, seed=1), config, root / "hf", folder)
+    return root / "hf"
+
+
+def test_windows_on_the_command_line(unwindowed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One window, or several of which the prompt's own place or choice matters."""
+    words, files = ["def", "f(self):", "return", "value", "of", "the", "stored", "tensors"], []
+    for number, word in enumerate(words):
+        files.append(tmp_path / f"{number}.txt")
+        files[-1].write_text(f" {word}" * (6 + number))
+    tail, options = " value", ("--max-tokens", 24, "--device", "cpu", "--temperature", 1.0)
+
+    def written(*args: object) -> str:
+        assert _longctx("generate", unwindowed, *options, *args) == 0
+        return capsys.readouterr().out
+
+    every = ("--prompt", tail, "--sink", "class", "--windows", *files)
+    texts = [
+        written(*every), written(*every, "--keep-windows", 2), written(*every, "--query-after", "total"),
+        written("--prompt", tail, "--windows", *files),
+    ]  # fmt: skip
+    assert len(set(texts)) == len(texts)
+    assert written(*every, "--keep-windows", len(files)) == texts[0]
+
+
 @pytest.mark.tier2
-def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_write_what_one_writes(folder: Path, unwindowed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["--prompt", "def f(self): return value " * 12, "--max-tokens", "24", "--device", "cpu"]
-    for more in ([], ["--keep", "0.3"]):
-        assert _longctx("generate", folder, *prompt, *more) == 0
+    windows = ["--windows", __file__, str(Path(__file__).parents[1] / "small_mixers.py"), "--keep-windows", "1"]
+    for model, more in ((folder, []), (folder, ["--keep", "0.3"]), (unwindowed, windows)):
+        assert _longctx("generate", model, *prompt, *more) == 0
         alone = capsys.readouterr().out
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words = [*command, "-m", "longctx", "generate", str(folder), *prompt, *more]
+        words = [*command, "-m", "longctx", "generate", str(model), *prompt, *more]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout == alone
+        assert "every process runs the whole prompt" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -290,7 +324,7 @@ def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "a", "--top-p", "2"), "top_p 2.0 is out of range"),
         (("--prompt", "a", "--max-tokens", "0"), "--max-tokens must be at least 1"),
-        (("--file", "nowhere.txt"), "cannot read the prompt from nowhere.txt"),
+        (("--file", "nowhere.txt"), "cannot read the text nowhere.txt"),
         (("--prompt", "a", "--chunk", "0"), "--chunk must be at least 1"),
         (("--prompt", "a", "--scorer", "tova"), "--scorer tova has no effect without --keep"),
         (("--prompt", "a", "--positions", "cache"), "--positions cache has no effect without --keep"),
@@ -309,6 +343,11 @@ def test_ranks_write_what_one_writes(folder: Path, capsys: pytest.CaptureFixture
             "--speculate lookup: speculation and a compressed cache do not go together",
         ),
         (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
+        (("--prompt", "a", "--sink", "b"), "--sink b has no effect without --windows"),
+        (("--prompt", "a", "--windows", __file__, "--window-score", "mean"), "no effect without --keep-windows"),
+        (("--prompt", "a", "--windows", __file__, "--keep", "0.5"), "--keep 0.5 does not go with --windows"),
+        (("--prompt", "a", "--windows", "nowhere.txt"), "cannot read the text nowhere.txt"),
+        (("--prompt", "a", "--windows", __file__), "layer 1 has a sliding window of 6 tokens"),
     ],
 )
 def test_generate_command_refuses(

@@ -19,7 +19,7 @@ from longctx.bench.live_bytes import LiveBytes
 from longctx.config.load import load_config
 from longctx.config.schema import Model
 from longctx.errors import UnsupportedError
-from longctx.generate.decode import generate
+from longctx.generate import generate
 from longctx.mixers.yoco import YocoMixer
 from longctx.model.decoder import CausalLM
 from longctx.runtime.mesh import alone, build_mesh

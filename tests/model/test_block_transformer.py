@@ -20,7 +20,7 @@ from longctx.bench.live_bytes import LiveBytes
 from longctx.config.schema import Model
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.eval.scoring import Prompt
-from longctx.generate.decode import generate
+from longctx.generate import generate
 from longctx.mixers import dense_softmax
 from longctx.model.block_transformer import BlockTransformer, build_native
 from longctx.model.decoder import CausalLM, DecoderLayer
