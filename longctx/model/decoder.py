@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
@@ -189,7 +190,7 @@ class CausalLM(nn.Module):
         cache = replace(cache, starts={})  # of this batch: its layers share what they start from
         caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
         states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
-        if not any(isinstance(state, RaggedKV) for state in states):
+        if not any(isinstance(leaf, RaggedKV) for leaf in tree_leaves(states)):
             cache.check_plain("no layer of this model keeps keys and values")
         return states
 
