@@ -132,10 +132,10 @@ def _pressure(type_BSK3: Tensor, next_BSK: Tensor, new: int, call: Call) -> Tens
     rows = _rows(call.context, call.context.rank, next_BSK.device)
     index_BS1, first_BS1, last_BS1 = (t.view(*next_BSK.shape[:2], 1) for t in rows)
     lives = (last_BS1 + 1 - index_BS1).expand_as(next_BSK), next_BSK.minimum(last_BS1) - index_BS1
-    share_BSK2 = torch.stack(lives, dim=-1) / (last_BS1 - first_BS1 + 1)[..., None]
-    old = next_BSK.shape[1] - new
+    old, length_BS11 = next_BSK.shape[1] - new, (last_BS1 + 1 - first_BS1)[..., None]
     types_BTK2 = type_BSK3[:, old:, :, :SLIDING]
-    return (types_BTK2 * (types_BTK2.detach() > 0.5) * share_BSK2[:, old:].to(types_BTK2.dtype)).sum()
+    share_BTK2 = (torch.stack(lives, dim=-1).to(types_BTK2.dtype) / length_BS11)[:, old:]
+    return (types_BTK2 * (types_BTK2.detach() > 0.5) * share_BTK2).sum()
 
 
 class _Attention(torch.autograd.Function):

@@ -103,8 +103,8 @@ def _after(cache: TypedCache, new: Typed, kind_BTK: Tensor, position_BT: Tensor)
     ]
     # Locals are whole again from the last Global on; of Slidings those before the window of the end are missing.
     parts[LOCAL] = _settled(parts[LOCAL], past + int(last_B1K.max()) + 1 if bool((last_B1K >= 0).any()) else 0)
-    parts[SLIDING] = _settled(parts[SLIDING], past + tokens if tokens > window else 0)
-    return TypedCache(*(part.attended(None) for part in parts))
+    parts[SLIDING] = _settled(parts[SLIDING].attended(None), past + tokens if tokens > window else 0)
+    return TypedCache(*parts)
 
 
 def _without(part: RaggedKV, gone_R: Tensor) -> RaggedKV:
