@@ -28,8 +28,9 @@ from longctx.mixers.nats import NatsMixer, NatsState
 from longctx.mixers.ops.token_types import GLOBAL, LOCAL, SLIDING, gumbel, one_hot, straight_through
 from longctx.mixers.ops.typed_attention import Call, Hop, Keys, Typed, typed_attention
 from longctx.mixers.ops.typed_cache import TypedCache
-from longctx.runtime.mesh import Group
-from longctx.sequence.collectives.ledger import Transfer
+from longctx.model.decoder import CausalLM
+from longctx.runtime.mesh import Group, build_mesh
+from longctx.sequence.collectives.ledger import Ledger, Transfer
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import contiguous, striped
 
@@ -295,6 +296,34 @@ def test_it_does_not_show_in_the_loss_over_how_many_ranks(layout: str, pool: Poo
             torch.testing.assert_close(sum(found), exact, rtol=1e-10, atol=1e-10)
 
 
+def over_a_double_ring(given: Problem) -> tuple[Tensor, Tensor, bool]:
+    """Output and gradient of all tokens, and whether traffic was as planned; collective."""
+    ledger, mixer = Ledger(), mixer_of(given)
+    group = build_mesh(4, torch.device("cpu"), 60, inner=2).sequence
+    context = given.contexts(group, ledger)[0].under("double_ring")
+    x = context.shard(given.inputs()).requires_grad_()
+    y = mixer(x, context)[0]
+    (y * context.shard(loss_weight(given))).sum().backward()
+    planned = ledger.transfers == mixer.planned_traffic(context, DOUBLE)
+    assert x.grad is not None
+    return context.unshard(y.detach()), context.unshard(x.grad), planned
+
+
+def loss_weight(given: Problem) -> Tensor:
+    return torch.randn(given.inputs().shape, generator=torch.Generator().manual_seed(given.seed), dtype=DOUBLE)
+
+
+def test_keys_may_travel_in_two_rings(pool: Pool, seed: int) -> None:
+    given = replace(problem(seed, 41, ((0, 17, 20), (0,))), layout="zigzag")
+    mixer, x = mixer_of(given), given.inputs().requires_grad_()
+    y = mixer(x, SequenceContext.single(2, 41, given.documents))[0]
+    (dx,) = torch.autograd.grad((y * loss_weight(given)).sum(), x)
+    for found_y, found_dx, planned in pool.run(over_a_double_ring, 4, given):
+        assert planned
+        torch.testing.assert_close(found_y, y.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found_dx, dx, rtol=1e-10, atol=1e-10)
+
+
 def test_regularisation_alone_shortens_how_long_keys_are_seen(seed: int) -> None:
     """Fewer tokens are Global, more are Sliding, whatever the noise of a step; steps are counted."""
     given = problem(seed)
@@ -307,7 +336,7 @@ def test_regularisation_alone_shortens_how_long_keys_are_seen(seed: int) -> None
         observed.loss_sum.backward()
         optimizer.step()
         mixer.shares.absorb(observed.sums["shares"])
-        losses.append(float(observed.loss_sum))
+        losses.append(observed.loss_sum.item())
         shares.append(mixer.shares.share_K3.mean(0))
     assert float(mixer.shares.step) == 40
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
@@ -364,6 +393,19 @@ def test_sliding_tokens_need_no_more_than_a_window(seed: int) -> None:
             context = context.extend(1)
             _, cache = mixer(token, context, cache)
         assert sum(part.lengths_R for part in cache).tolist() == [held] * 6
+
+
+@torch.no_grad()
+def test_its_cache_may_be_rounded(seed: int) -> None:
+    """To 8 bits, also where every layer of a model is one of these."""
+    model = CausalLM(problem(seed).config, seed=seed).eval()
+    tokens, context = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(seed)), SequenceContext
+    wanted = model(tokens, context.single(2, 20)).hidden_BTD[:, 12:]
+    for bits, error in ((8, 0.05), (None, 1e-5)):
+        state = model.empty_state(2, CacheOptions(block=4, bits=bits, group=4))
+        state = model(tokens[:, :12], context.single(2, 12), state=state).state
+        found = model(tokens[:, 12:], context.single(2, 12).extend(8), state=state).hidden_BTD
+        assert (found - wanted).norm() < error * wanted.norm()
 
 
 @torch.no_grad()

@@ -52,10 +52,6 @@ class TypedCache(NamedTuple):
         """Tokens of every row so far, evicted ones counted."""
         return self.globals.seen
 
-    def lengths(self) -> Tensor:
-        """Tokens that are held, [3, B K]; the window's last may wait for their eviction."""
-        return torch.stack([part.lengths_R for part in self])
-
 
 def cached_typed_attention(
     q_BTHE: Tensor, new: Typed, cache: TypedCache, context: SequenceContext, window: int, tile: int
