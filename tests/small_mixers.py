@@ -2,7 +2,7 @@
 
 from longctx.mixers import MIXERS
 
-SIZES: dict[str, int] = {"chunk": 4, "segment": 5, "memory": 7, "states": 3}
+SIZES: dict[str, int] = {"chunk": 4, "segment": 5, "memory": 7, "states": 3, "sliding": 3, "tile": 16}
 
 
 def small_options(mixer: str) -> dict[str, int]:

@@ -97,11 +97,15 @@ class RaggedKV:
         return self.layout.lengths_R
 
     @torch.no_grad()
-    def append(self, k_BTKE: Tensor, v_BTKE: Tensor, position_BT: Tensor, counts_B: Tensor | None = None) -> "RaggedKV":
+    def append(
+        self, k_BTKE: Tensor, v_BTKE: Tensor, position_BT: Tensor, counts_B: Tensor | None = None,
+        taken_BTK: Tensor | None = None,
+    ) -> "RaggedKV":  # fmt: skip
         """With T more tokens in every lane, or the first ``counts_B`` of T; ranks keep each what they own of them.
 
         Args:
             position_BT: their positions in the sequence, above all those before.
+            taken_BTK: which of them each kv head takes, on the host; None: all.
 
         Raises:
             UnsupportedError: gradients are asked for: a cache is for decoding.
@@ -115,6 +119,8 @@ class RaggedKV:
         if counts_B is not None:
             taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
         taken_RT = taken_BT.repeat_interleave(heads, dim=0)
+        if taken_BTK is not None:
+            taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
         pool, (layout, places) = self._own_pool(), self.layout.append(taken_RT)
         pool.write(places, layout.capacity, k_RTE, v_RTE, position_RT)
         return self._with(pool, layout, seen=self.seen + tokens)

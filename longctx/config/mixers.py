@@ -21,19 +21,22 @@ MIXER_CLASSES: Mapping[str, str] = MappingProxyType(
         "transformer_vq": "longctx.mixers.transformer_vq.TransformerVQMixer",
         "block_recurrent": "longctx.mixers.block_recurrent.BlockRecurrentMixer",
         "transformer_xl": "longctx.mixers.transformer_xl.TransformerXLMixer",
+        "nats": "longctx.mixers.nats.NatsMixer",
     }
 )
 """The registry: what ``model.mixer`` and ``model.layers`` may name, and the class that it stands for."""
 
 MIXER_NAMES = tuple(MIXER_CLASSES)
 
-_ROTARY = frozenset({"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq", "block_recurrent"})
+_ROTARY = frozenset(
+    {"softmax", "yoco", "gated_retention", "fast", "mega", "ttt", "transformer_vq", "block_recurrent", "nats"}
+)
 _SOFTMAX = frozenset({"softmax"})
 
 READERS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm", "sliding_window", "window_layers"), _SOFTMAX),
-        "num_kv_heads": frozenset({"softmax", "yoco"}),
+        "num_kv_heads": frozenset({"softmax", "yoco", "nats"}),
         "rope": _ROTARY,
     }
 )

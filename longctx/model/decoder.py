@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
@@ -192,12 +193,11 @@ class CausalLM(nn.Module):
         like, mixers = self.embed.weight, [_layer(layer).mixer for layer in self.layers]
         if cache is None:
             return tuple(mixer.empty_state(batch, like) for mixer in mixers)
-        cache = protecting(
-            replace(cache, starts={}), self.config
-        )  # of this batch: its layers share what they start from
+        # Of this batch: its layers share what they start from.
+        cache = protecting(replace(cache, starts={}), self.config)
         caches = [cache.for_layer(layer, len(mixers)) for layer in range(len(mixers))]
         states = tuple(mixer.empty_cache(batch, like, own) for mixer, own in zip(mixers, caches, strict=True))
-        if not any(isinstance(state, RaggedKV) for state in states):
+        if not any(isinstance(leaf, RaggedKV) for leaf in tree_leaves(states)):
             kinds = enumerate(self.config.mixers)
             shared = all(MIXERS[name].carries_over_ranks(self.config, layer) for layer, name in kinds)
             # Ranks without anything to keep can still share the work of a prompt.
