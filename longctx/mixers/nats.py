@@ -49,7 +49,7 @@ class NatsOptions(Section):
         1e-3, description="weight of the loss that shortens how long keys are seen"
     )
     seed: NonNegativeInt = Field(0, lt=2**31, description="of the noise that types are drawn with in training")
-    tile: PositiveInt = Field(512, description="queries and keys that are worked on at once; the result is the same")
+    tile: PositiveInt = Field(96, description="queries and keys that are worked on at once; the result is the same")
 
 
 class NatsState(NamedTuple):

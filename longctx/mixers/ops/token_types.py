@@ -80,7 +80,7 @@ def next_global(is_global_BTK: Tensor, context: SequenceContext) -> Tensor:
     Over ranks one integer per row, run and head is gathered: the first Global of every run.
     """
     lengths = run_lengths(context)
-    index_T = torch.tensor([i for run in lengths for i in range(*run)], dtype=torch.int64, device=is_global_BTK.device)
+    index_T = torch.cat([torch.arange(*run, device=is_global_BTK.device) for run in (*lengths, (0, 0))])
     sizes = [stop - start for start, stop in lengths]
     marks_BTK = index_T[:, None].where(is_global_BTK, context.length)
     parts = [part.flip(1).cummin(1).values.flip(1) for part in torch.split(marks_BTK, sizes, dim=1)]

@@ -308,14 +308,14 @@ def _scores(q_nHE: Tensor, part: Part, wide: torch.dtype) -> tuple[Tensor, Tenso
     """Scaled scores [K, G, n, m], and the queries by kv head and the keys that made them, wide."""
     heads, size = part.k_mKE.shape[1:]
     q_nKGE, k_mKE = q_nHE.to(wide).view(len(q_nHE), heads, -1, size), part.k_mKE.to(wide)
-    return torch.einsum("nkge,mke->kgnm", q_nKGE, k_mKE) * size**-0.5, q_nKGE, k_mKE
+    return torch.einsum("nkge,mke->kgnm", q_nKGE, k_mKE).mul_(size**-0.5), q_nKGE, k_mKE
 
 
 def _forward_tile(q_nHE: Tensor, part: Part, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the keys of a tile; 0 and -inf where a query sees none of them."""
-    score_KGnm = _scores(q_nHE, part, wide)[0].masked_fill(~part.visible_Knm[:, None], float("-inf"))
+    score_KGnm = _scores(q_nHE, part, wide)[0].masked_fill_(~part.visible_Knm[:, None], float("-inf"))
     lse_KGn = score_KGnm.logsumexp(-1)
-    weight_KGnm = torch.exp(score_KGnm - lse_KGn.masked_fill(lse_KGn.isneginf(), 0)[..., None])
+    weight_KGnm = score_KGnm.sub_(lse_KGn.masked_fill(lse_KGn.isneginf(), 0)[..., None]).exp_()
     out_nKGE = torch.einsum("kgnm,mke->nkge", weight_KGnm, part.v_mKE.to(wide))
     return out_nKGE.flatten(1, 2), lse_KGn.permute(2, 0, 1).flatten(1)
 
@@ -329,11 +329,12 @@ def _backward_tile(queries: Queries, part: Part, trains: bool) -> list[Tensor]:
         t.view(-1, heads, q_nKGE.shape[2]).permute(1, 2, 0)[..., None] for t in (queries.lse_NH, queries.delta_NH)
     )
     # What it would weigh: at most 1, which it is at once where the key is seen.
-    weight_KGnm = torch.exp((score_KGnm - lse_KGn1).clamp_(max=0))
+    weight_KGnm = score_KGnm.sub_(lse_KGn1).clamp_(max=0).exp_()
     by_mask_KGnm = torch.einsum("nkge,mke->kgnm", dout_nKGE, part.v_mKE.to(wide)).sub_(delta_KGn1).mul_(weight_KGnm)
     hidden_K1nm = ~part.visible_Knm[:, None]
-    found = [_by_type(by_mask_KGnm.sum(1), part)] if trains else []
     dv_mKE = torch.einsum("kgnm,nkge->mke", weight_KGnm.masked_fill_(hidden_K1nm, 0), dout_nKGE)
+    del score_KGnm, weight_KGnm  # one tensor
+    found = [_by_type(by_mask_KGnm.sum(1), part)] if trains else []
     dscore_KGnm = by_mask_KGnm.masked_fill_(hidden_K1nm, 0).mul_(size**-0.5)
     dq_nKGE = torch.einsum("kgnm,mke->nkge", dscore_KGnm, k_mKE)
     dk_mKE = torch.einsum("kgnm,nkge->mke", dscore_KGnm, q_nKGE)
@@ -342,7 +343,7 @@ def _backward_tile(queries: Queries, part: Part, trains: bool) -> list[Tensor]:
 
 def _by_type(by_mask_Knm: Tensor, part: Part) -> Tensor:
     """Sums [m, K, 3] over the queries that each type lets see a key."""
-    by_mask_Knm = by_mask_Knm.masked_fill(~part.behind_nm, 0)
+    by_mask_Knm.masked_fill_(~part.behind_nm, 0)
     sums = []
     for end_mK in part.ends_mK3.unbind(-1):
         sums.append(by_mask_Knm.masked_fill(part.index_n[:, None] > end_mK.T[:, None], 0).sum(1).T)
