@@ -32,18 +32,20 @@ class RaggedKV:
         window: positions that a query sees; older tokens are evicted. None: all.
         settled: tokens that had been seen when some were evicted last.
         queries_BHWE: the last queries, where the compression asks for some.
+        index: what the search keeps beside the tokens.
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "layout", "options", "pool", "queries_BHWE", "seen", "settled", "window",
+        "__weakref__", "index", "kv_heads", "layout", "options", "pool", "queries_BHWE", "seen", "settled", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
-        window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
+        window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None, index: Any = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window = pool, options, kv_heads, window
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
+        self.index = index
         pool.users.add(self)
 
     @classmethod
@@ -88,6 +90,8 @@ class RaggedKV:
         """
         if k_BTKE.requires_grad or v_BTKE.requires_grad:
             raise UnsupportedError("a cache in blocks takes no gradients; decode under torch.no_grad()")
+        if self.options.search is not None:
+            k_BTKE = self.options.search.keys(k_BTKE)
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
         position_RT = position_BT.repeat_interleave(heads, dim=0)
@@ -115,7 +119,10 @@ class RaggedKV:
         stays_NC = held_NC & (self.pool.position_NC[: layout.capacity].cpu() < before)
         lengths_R = torch.zeros_like(self.lengths_R)
         lengths_R.index_add_(0, layout.owner_N.clamp_min(0), stays_NC.sum(1))
-        return self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen))
+        cache, search = self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen)), self.options.search
+        if search is not None:
+            cache.index = search.cut(self.index, before)
+        return cache
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -165,7 +172,11 @@ class RaggedKV:
         """
         compression = self.options.compression
         if compression is None:
-            return self._within_window()
+            cache = self._within_window()
+            if self.options.search is not None:
+                cache = cache._with(cache.pool, cache.layout)
+                cache.index = self.options.search.indexed(cache)
+            return cache
         queries_BHWE, wanted = None, compression.scorer.queries
         if wanted:
             if q_BTHE is None:
@@ -206,7 +217,7 @@ class RaggedKV:
         return RaggedKV(
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
-            self.queries_BHWE if queries_BHWE is None else queries_BHWE,
+            self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.index,
         )  # fmt: skip
 
     def _own_pool(self) -> Pool:

@@ -6,9 +6,11 @@ import typing
 from pathlib import Path
 
 from longctx.cli.options import give_way, whole_number
+from longctx.cli.search_options import add_search_arguments, search_of
 
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
+    from longctx.cache.search import Search
     from longctx.runtime.mesh import Mesh
 
 HELP = "continue a text with a trained model, on one process or on all that a launcher starts"
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-bits", choices=("8", "4"), help="round cached keys and values to so many bits")
     parser.add_argument("--keep", metavar="X", help="tokens per head that stay cached, or a share of them below 1")
     parser.add_argument("--scorer", choices=SCORERS, help="with --keep: which tokens stay (default snapkv)")
+    add_search_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -85,7 +88,7 @@ def _checked(args: argparse.Namespace, world: int) -> str:
         raise ConfigError(f"{world} processes cannot share stdin; give the prompt by --prompt or --file")
     whole_number("--max-tokens", args.max_tokens)
     whole_number("--chunk", args.chunk)
-    _cache(args, None)
+    _cache(args, None, search_of(args, None))
     return _read_prompt(args)
 
 
@@ -101,11 +104,13 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if mesh is None:
         model, _, tokenizer = open_model(args.model, device=device)
+        search = search_of(args, model)
     else:
         model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+        search = agree(mesh, lambda: search_of(args, model))
     pieces = stream_text(
         model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop,
-        _cache(args, mesh), whole_number("--chunk", args.chunk),
+        _cache(args, mesh, search), whole_number("--chunk", args.chunk),
     )  # fmt: skip
     for piece in pieces:
         if mesh is None or mesh.is_first:
@@ -115,7 +120,7 @@ def _generate(args: argparse.Namespace, prompt: str, mesh: "Mesh | None") -> int
     return 0
 
 
-def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
+def _cache(args: argparse.Namespace, mesh: "Mesh | None", search: "Search | None") -> "CacheOptions":
     from longctx.cache import scorers
     from longctx.cache.compress import Compression, Policy
     from longctx.cache.options import CacheOptions
@@ -132,7 +137,8 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
         policy = Policy(ratio=share) if share < 1 else Policy(tokens=int(share))
         compression = Compression(getattr(scorers, SCORERS[args.scorer or "snapkv"])(), policy)
     bits = int(args.cache_bits) if args.cache_bits else None
-    return CacheOptions(bits=bits, ranks=None if mesh is None else mesh.sequence, compression=compression)
+    ranks = None if mesh is None else mesh.sequence
+    return CacheOptions(bits=bits, ranks=ranks, compression=compression, search=search)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
