@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generation.add_argument("--lengths", metavar="S,...", default="4k,32k,128k", help="(default 4k,32k,128k)")
     generation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
     generation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    neighbours = subparsers.add_parser("neighbours", help="recall and time of attention to the nearest keys, on a CPU")
+    neighbours.add_argument("--lengths", metavar="S,...", default="4k,16k,64k", help="keys (default 4k,16k,64k)")
+    neighbours.add_argument("--count", metavar="K", default="64", help="nearest keys of a query (default 64)")
+    neighbours.add_argument("--rounds", metavar="N", default="3", help="rounds, both in each (default 3)")
+    neighbours.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     others = {
         "precision": _precision, "mixers": _mixers, "handoff": _handoff, "decode": _decode, "generation": _generation,
-        "recall": _recall, "training": _training,
+        "recall": _recall, "training": _training, "neighbours": _neighbours,
     }  # fmt: skip
     if args.what in others:
         return others[args.what](args)
@@ -205,6 +210,22 @@ def _generation(args: argparse.Namespace) -> int:
     rounds = whole_number("--rounds", args.rounds)
     _check_file(args.json)
     found = generation(lengths, rounds, advance_to=_progress)
+    print("\n".join(table(found)))
+    _write(args.json, [asdict(row) for row in found])
+    return 0
+
+
+def _neighbours(args: argparse.Namespace) -> int:
+    import torch
+
+    from longctx.bench.neighbours import neighbours, table
+    from longctx.cli.options import whole_number
+
+    lengths = [whole_number("--lengths", part, 2) for part in args.lengths.split(",")]
+    count, rounds = whole_number("--count", args.count), whole_number("--rounds", args.rounds)
+    _check_file(args.json)
+    torch.set_num_threads(1)
+    found = neighbours(lengths, count, rounds, _progress)
     print("\n".join(table(found)))
     _write(args.json, [asdict(row) for row in found])
     return 0
