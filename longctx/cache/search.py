@@ -2,6 +2,8 @@
 
 A search proposes tokens for every query with a number that says how promising each is; the most promising ones over
 all ranks, as many as its budget says, are attended to exactly, and ranks join their parts as they do for all tokens.
+Ranks compare by :func:`longctx.cache.select.select`: 16 KB of counts per query are summed, however many tokens there
+are.
 Nothing is evicted: the next query may look elsewhere. Passes of more than :attr:`Search.few` new tokens, chunks of a
 prompt, look at everything.
 
@@ -20,6 +22,10 @@ from longctx.cache.select import ranked, select
 
 if TYPE_CHECKING:
     from longctx.cache.ragged import RaggedKV
+
+
+_NUMBERS = 1 << 24
+"""Numbers of keys, and as many of values, that are copied at a time; one query's at least."""
 
 
 class Proposed(NamedTuple):
@@ -152,6 +158,15 @@ def _exact(
     q_QE: Tensor, cache: "RaggedKV", lane: int, token_QM: Tensor, wanted_QM: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query of a lane to its own tokens, as fp32 or fp64; 0 and -inf where it has none."""
+    step = max(1, _NUMBERS // max(1, token_QM.shape[1] * q_QE.shape[1]))
+    parts = zip(*(torch.split(t, step) for t in (q_QE, token_QM, wanted_QM)), strict=True)
+    outs, lses = zip(*(_exact_part(*part, cache, lane, scoring) for part in parts), strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _exact_part(
+    q_QE: Tensor, token_QM: Tensor, wanted_QM: Tensor, cache: "RaggedKV", lane: int, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q_QE.dtype, torch.float32)
     k_QME, v_QME = (lane_rows(cache, stored, lane, token_QM) for stored in (cache.pool.k, cache.pool.v))
     score_QM = torch.einsum("qe,qme->qm", q_QE * scoring.scale, k_QME).to(wide)

@@ -13,6 +13,7 @@ from test_cached_decoding import LENGTH, MODELS, SIZES, VOCAB, model_of
 from torch import Tensor
 
 from longctx.attention.kernels import Scoring
+from longctx.attention.tree import planned_tree
 from longctx.cache.attend import attend
 from longctx.cache.bases import KeyRecorder, Moments, coordinates_for, key_basis, load_bases, save_bases
 from longctx.cache.compress import Compression, Policy
@@ -20,6 +21,7 @@ from longctx.cache.loki import Loki
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.scorers import KeyNorm
+from longctx.cache.search import _chosen
 from longctx.config.schema import Model
 from longctx.errors import ConfigError, DataError, UnsupportedError
 from longctx.generate.calibrate import key_bases
@@ -27,7 +29,9 @@ from longctx.generate.decode import advance
 from longctx.generate.store import load_decoded, save_decoded
 from longctx.model.block_transformer import build_native
 from longctx.recurrence import with_recurrence
-from longctx.runtime.mesh import build_mesh
+from longctx.runtime.mesh import Group, build_mesh
+from longctx.sequence.collectives.ledger import Ledger, Transfer
+from longctx.sequence.collectives.reduce import planned_reduce
 from longctx.sequence.context import SequenceContext
 
 PIECES = [40, 20, 12, 1, 1, 1, 1, 1]
@@ -163,8 +167,6 @@ def chosen_here(name: str, seed: int) -> tuple[Tensor, list[list[int]]]:
     ranks = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence if dist.is_initialized() else None
     search = Loki(bases_of(seed), rank=2, ratio=0.3, recent=2)
     hidden = decoded(name, seed, CacheOptions(block=4, search=search, ranks=ranks))
-    from longctx.cache.search import _chosen
-
     own = Loki(bases_of(seed, 1, SIZE), rank=3, tokens=9, layer=0)
     cache, _, _, q = cache_of(seed, CacheOptions(block=4, search=own, ranks=ranks))
     turned = own.queries(q, KV_HEADS).view(2, 3, KV_HEADS, GROUP, SIZE).permute(0, 2, 3, 1, 4).reshape(6, -1, SIZE)
@@ -188,6 +190,31 @@ def test_ranks_choose_what_one_chooses(name: str, pool: Pool, seed: int) -> None
         for found, _ in results:
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
             assert torch.equal(found, results[0][0])
+
+
+def step_here(tokens: int) -> tuple[Group, list[Transfer]]:
+    """This rank's transfers of a step over so many tokens."""
+    ranks, ledger = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence, Ledger()
+    search = Loki(bases_of(0, 1, SIZE), rank=3, tokens=9, layer=0)
+    cache, _, _, q = cache_of(0, CacheOptions(block=4, search=search, ranks=ranks, ledger=ledger), tokens)
+    attend(q[:, :1], cache, torch.full((2, 1), tokens - 1), Scoring(SIZE**-0.5, None))
+    return Group(ranks.rank, ranks.ranks), ledger.transfers
+
+
+def test_traffic_does_not_grow_with_the_tokens(pool: Pool) -> None:
+    """Two rows of six query heads: eight sums of 256 counts for each, then the tree. A rank may hold no token."""
+    for tokens in (4, 53, 200):
+        for group, transfers in pool.run(step_here, 3, tokens):
+            counts = planned_reduce(group, 2 * KV_HEADS * GROUP * 256 * 8)
+            assert transfers == counts * 8 + planned_tree(group, 2 * KV_HEADS * GROUP, SIZE, itemsize=8)
+
+
+def test_copies_in_parts_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, _, _, q = cache_of(seed, CacheOptions(search=Loki(bases_of(seed, 1, SIZE), rank=3, tokens=9, layer=0)))
+    at, scoring = torch.arange(50, 53).expand(2, -1), Scoring(SIZE**-0.5, 3.0)
+    wanted, _ = attend(q, cache, at, scoring)
+    monkeypatch.setattr("longctx.cache.search._NUMBERS", 4 * 9 * SIZE)
+    torch.testing.assert_close(attend(q, cache, at, scoring)[0], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_equal_scores_go_to_the_later(seed: int) -> None:
