@@ -26,6 +26,8 @@ from longctx.runtime.mesh import build_mesh  # noqa: E402
 PIECES = [40, 20, 12, 1, 1, 1, 1, 1]
 SIZE = 8
 AT_ALL = Scoring(SIZE**-0.5, None)
+COMPLETE: dict[str, Any] = {"links": 160, "breadth": 320}
+"""Every key of up to 320 is linked with every other, so that a search finds all nearest."""
 
 
 def test_the_nearest_lifted_key_has_the_largest_dot_product(seed: int) -> None:
@@ -104,8 +106,8 @@ def best(k: Tensor, v: Tensor, q: Tensor, at: int, count: int, fresh: int, windo
 
 @pytest.mark.parametrize("window", [None, 60])
 def test_the_nearest_and_the_newest_are_attended_to(window: int | None, seed: int) -> None:
-    """300 keys in a graph searched with breadth 300: all nearest are found. Windows hide what is too old."""
-    search = Neighbours(10, every=50, breadth=300)
+    """Windows hide what is too old and still indexed, and as many more neighbours are found."""
+    search = Neighbours(10, every=50, **COMPLETE)
     k, v = keys_of(seed)
     cache = RaggedKV.empty(1, 2, SIZE, k, CacheOptions(block=16, search=search), window)
     for start in range(0, 280, 35):
@@ -119,7 +121,7 @@ def test_the_nearest_and_the_newest_are_attended_to(window: int | None, seed: in
 
 def test_forks_and_roll_backs(seed: int) -> None:
     """A cache goes back behind its index and takes other tokens; the one it came from sees its own still."""
-    search = Neighbours(10, every=50, breadth=300)
+    search = Neighbours(10, every=50, **COMPLETE)
     (k, v), (other_k, other_v) = keys_of(seed), keys_of(seed + 1)
     start = RaggedKV.empty(1, 2, SIZE, k, CacheOptions(block=16, search=search))
     first = grown(start, k, v, slice(0, 200))
@@ -142,7 +144,7 @@ def test_forks_and_roll_backs(seed: int) -> None:
 
 def test_longer_keys_lift_all_again(seed: int) -> None:
     """A key beyond c has no place on the sphere; neither has a graph of which most has left."""
-    settings, (k, _) = Neighbours(5, breadth=300), keys_of(seed)
+    settings, (k, _) = Neighbours(5, **COMPLETE), keys_of(seed)
     keys = k[0, :, 0].float()
     index = LaneIndex.of(keys[:100], torch.arange(100), settings)
     same = index.extended(keys[:120] * 0.9, torch.arange(120), settings)
