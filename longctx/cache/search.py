@@ -159,9 +159,9 @@ def _exact(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query of a lane to its own tokens, as fp32 or fp64; 0 and -inf where it has none."""
     step = max(1, _NUMBERS // max(1, token_QM.shape[1] * q_QE.shape[1]))
-    parts = zip(*(torch.split(t, step) for t in (q_QE, token_QM, wanted_QM)), strict=True)
-    outs, lses = zip(*(_exact_part(*part, cache, lane, scoring) for part in parts), strict=True)
-    return torch.cat(outs), torch.cat(lses)
+    q, token, wanted = (torch.split(t, step) for t in (q_QE, token_QM, wanted_QM))
+    parts = [_exact_part(*part, cache, lane, scoring) for part in zip(q, token, wanted, strict=True)]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 def _exact_part(

@@ -209,6 +209,20 @@ def test_traffic_does_not_grow_with_the_tokens(pool: Pool) -> None:
             assert transfers == counts * 8 + planned_tree(group, 2 * KV_HEADS * GROUP, SIZE, itemsize=8)
 
 
+def test_rows_of_different_lengths(seed: int) -> None:
+    """30 and 53 tokens in one batch: each row as by itself."""
+    search = Loki(bases_of(seed, 1, SIZE), rank=3, ratio=0.3, recent=2, layer=0)
+    _, k, v, q = cache_of(seed, CacheOptions())
+    options, at = CacheOptions(block=4, search=search), torch.arange(53).expand(2, -1)
+    both = RaggedKV.empty(2, KV_HEADS, SIZE, k, options).append(k, v, at, torch.tensor([30, 53]))
+    found, _ = attend(q[:, :1], both, torch.tensor([[29], [52]]), Scoring(1.0, None))
+    for row, length in enumerate((30, 53)):
+        own = RaggedKV.empty(1, KV_HEADS, SIZE, k, options)
+        own = own.append(k[row : row + 1, :length], v[row : row + 1, :length], at[:1, :length])
+        wanted, _ = attend(q[row : row + 1, :1], own, torch.tensor([[length - 1]]), Scoring(1.0, None))
+        torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_copies_in_parts_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, _, _, q = cache_of(seed, CacheOptions(search=Loki(bases_of(seed, 1, SIZE), rank=3, tokens=9, layer=0)))
     at, scoring = torch.arange(50, 53).expand(2, -1), Scoring(SIZE**-0.5, 3.0)
