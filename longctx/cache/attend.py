@@ -24,6 +24,7 @@ from longctx.attention.merge import add_sink_, merge_
 from longctx.attention.tree import tree_merge
 from longctx.cache.layout import BlockLayout
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.search import searched
 from longctx.errors import UnsupportedError
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.slices import Slice, Slices, band
@@ -87,11 +88,15 @@ def attend(
     """
     tokens, group = q_BTHE.shape[1], q_BTHE.shape[2] // cache.kv_heads
     neighbours = tokens * group > _FEW and bool((position_BT.diff(dim=1) == 1).all())
-    if neighbours:
+    options = cache.options
+    if options.search is not None:
+        q_BTHE = options.search.queries(q_BTHE, cache.kv_heads)
+    if options.search is not None and tokens <= options.search.few:
+        out_BTHE, lse_BTH = _by_search(q_BTHE, cache, position_BT, scoring, window)
+    elif neighbours:
         out_BTHE, lse_BTH = _lane_by_lane(q_BTHE, cache, position_BT, scoring, window)
     else:
         out_BTHE, lse_BTH = _block_by_block(q_BTHE, cache, position_BT, scoring, window, newest)
-    options = cache.options
     return (
         (out_BTHE, lse_BTH) if options.ranks is None else tree_merge(out_BTHE, lse_BTH, options.ranks, options.ledger)
     )
@@ -148,18 +153,38 @@ def _block_by_block(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None, newest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """All blocks at once, in parts of at most :data:`_SCORES` scores."""
-    batch, tokens, heads, size = q_BTHE.shape
-    lanes, group = batch * cache.kv_heads, heads // cache.kv_heads
-    q_RQE = q_BTHE.view(batch, tokens, cache.kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(lanes, -1, size)
-    at_RQ = position_BT.repeat_interleave(cache.kv_heads, dim=0).repeat(1, group)
+    q_RQE, at_RQ = _of_lanes(q_BTHE, position_BT, cache.kv_heads)
     step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
     parts = _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step)
     partials = (_partial(q_RQE, at_RQ, cache, part, scoring, window, newest) for part in parts)
     out_RQE, lse_RQ = next(partials)
     for partial in partials:
         merge_(out_RQE, lse_RQ, *partial)
-    out_BTHE = out_RQE.view(batch, cache.kv_heads, group, tokens, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out_BTHE, lse_RQ.view(batch, cache.kv_heads, group, tokens).permute(0, 3, 1, 2).flatten(2)
+    return _of_rows(out_RQE, lse_RQ, q_BTHE.shape[1], cache.kv_heads)
+
+
+def _by_search(
+    q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The tokens that a search looks at."""
+    q_RQE, at_RQ = _of_lanes(q_BTHE, position_BT, cache.kv_heads)
+    return _of_rows(*searched(q_RQE, at_RQ, cache, scoring, window), q_BTHE.shape[1], cache.kv_heads)
+
+
+def _of_lanes(q_BTHE: Tensor, position_BT: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Queries [R, Q, E] of every lane and their positions [R, Q]."""
+    batch, tokens, heads, size = q_BTHE.shape
+    q_BKGTE = q_BTHE.view(batch, tokens, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
+    at_RQ = position_BT.repeat_interleave(kv_heads, dim=0).repeat(1, heads // kv_heads)
+    return q_BKGTE.reshape(batch * kv_heads, -1, size), at_RQ
+
+
+def _of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Back again: out [B, T, H, E] and log-sum-exp [B, T, H]."""
+    lanes, queries, size = out_RQE.shape
+    shape = (lanes // kv_heads, kv_heads, queries // tokens, tokens)
+    out_BKGTE, lse_BKGT = out_RQE.view(*shape, size), lse_RQ.view(shape)
+    return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3), lse_BKGT.permute(0, 3, 1, 2).flatten(2)
 
 
 def _visible(cache: RaggedKV, at_RQ: Tensor, window: int | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from longctx.cache.compress import Compression
 from longctx.cache.layout import BlockLayout
 from longctx.cache.rotation import Rotation
+from longctx.cache.search import Search
 from longctx.errors import ConfigError, UnsupportedError
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -25,10 +26,11 @@ class CacheOptions:
             same tokens. None: this one alone.
         ledger: records what they exchange.
         compression: which tokens stay where not all may; None: all.
+        search: which tokens the queries of a step look at, of all that stay; None: all.
         starts: layouts before the first token by number of lanes; layers that share them find places once for all.
 
     Raises:
-        ConfigError: a block without tokens.
+        ConfigError: a block without tokens; a compression and a search.
     """
 
     block: int = 64
@@ -37,19 +39,25 @@ class CacheOptions:
     ranks: Group | None = None
     ledger: Ledger | None = None
     compression: Compression | None = None
+    search: Search | None = None
     starts: dict[int, BlockLayout] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ConfigError(f"a block of {self.block} tokens; use 1 or more")
+        if self.search is not None and self.compression is not None:
+            raise ConfigError(
+                f"{type(self.search).__name__} chooses among all tokens of a cache, and a compression evicts some; "
+                "leave search or compression out"
+            )
 
     def check_plain(self, why: str) -> None:
         """Refuse what would have no effect where no keys and values are cached.
 
         Raises:
-            UnsupportedError: bits, ranks or a compression are set.
+            UnsupportedError: bits, ranks, a compression or a search are set.
         """
-        found = {"bits": self.bits, "compression": self.compression, "ranks": self.ranks}
+        found = {"bits": self.bits, "compression": self.compression, "search": self.search, "ranks": self.ranks}
         for name, value in found.items():
             if value is not None:
                 raise UnsupportedError(f"{name} of a cache have no effect: {why}; leave them out")
@@ -62,8 +70,10 @@ class CacheOptions:
         """As the caches of one of ``layers`` layers need them.
 
         Raises:
-            ConfigError: the policy has shares for another number of layers.
+            ConfigError: the policy has shares for another number of layers, or the search knows other layers.
         """
+        if self.search is not None:
+            return replace(self, search=self.search.for_layer(layer, layers))
         if self.compression is None:
             return self
         shares = self.compression.policy.layers

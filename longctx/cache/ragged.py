@@ -36,21 +36,22 @@ class RaggedKV:
         rotation: of the keys; None: not known, or it depends on the length.
         origin: of keys that have moved, where they are rounded.
         short: tokens by which each row has seen fewer than ``seen``; empty: none (see SequenceContext).
+        index: what the search keeps beside the tokens.
     """
 
     __slots__ = (
-        "__weakref__", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen", "settled",
-        "short", "window",
+        "__weakref__", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen",
+        "settled", "short", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
-        rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (),
+        rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (), index: Any = None,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window, self.short = pool, options, kv_heads, window, short
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
-        self.rotation, self.origin = rotation, origin
+        self.rotation, self.origin, self.index = rotation, origin, index
         if origin is None and options.moves and pool.rounds:
             self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
@@ -112,6 +113,8 @@ class RaggedKV:
         """
         if k_BTKE.requires_grad or v_BTKE.requires_grad:
             raise UnsupportedError("a cache in blocks takes no gradients; decode under torch.no_grad()")
+        if self.options.search is not None:
+            k_BTKE = self.options.search.keys(k_BTKE)
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
         position_RT = position_BT.repeat_interleave(heads, dim=0)
@@ -152,7 +155,10 @@ class RaggedKV:
         stays_NC = held_NC & (self.pool.position_NC[: layout.capacity].cpu() < before)
         lengths_R = torch.zeros_like(self.lengths_R)
         lengths_R.index_add_(0, layout.owner_N.clamp_min(0), stays_NC.sum(1))
-        return self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen))
+        cache, search = self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen)), self.options.search
+        if search is not None:
+            cache.index = search.cut(self.index, before)
+        return cache
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -227,7 +233,11 @@ class RaggedKV:
         """
         compression = self.options.compression
         if compression is None:
-            return self._within_window()
+            cache = self._within_window()
+            if self.options.search is not None:
+                cache = cache._with(cache.pool, cache.layout)
+                cache.index = self.options.search.indexed(cache)
+            return cache
         queries_BHWE, wanted = None, compression.scorer.queries
         if wanted:
             if q_BTHE is None:
@@ -301,7 +311,7 @@ class RaggedKV:
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
-            self.origin if origin is None else origin, self.short,
+            self.origin if origin is None else origin, self.short, self.index,
         )  # fmt: skip
 
     def _check_even(self, what: str) -> None:

@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument("--rounds", metavar="N", default="3", help="rounds, all in each (default 3)")
     speculation.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     bench_cache.add_arguments(subparsers)
+    neighbours = subparsers.add_parser("neighbours", help="recall and time of attention to the nearest keys, on a CPU")
+    neighbours.add_argument("--lengths", metavar="S,...", default="4k,16k,64k", help="keys (default 4k,16k,64k)")
+    neighbours.add_argument("--count", metavar="K", default="64", help="nearest keys of a query (default 64)")
+    neighbours.add_argument("--rounds", metavar="N", default="3", help="rounds, both in each (default 3)")
+    neighbours.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
     recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
@@ -81,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     """Print a table. Raises LongctxError for bad input."""
     others = {
         "precision": _precision, "mixers": _mixers, "handoff": _handoff, "decode": _decode, "generation": _generation,
-        "recall": _recall, "training": _training, "speculation": _speculation, "retrieval": bench_cache.retrieval,
-        "cache": bench_cache.cache,
+        "recall": _recall, "training": _training, "speculation": _speculation, "neighbours": _neighbours,
+        "retrieval": bench_cache.retrieval, "cache": bench_cache.cache,
     }  # fmt: skip
     if args.what in others:
         return others[args.what](args)
@@ -241,6 +246,22 @@ def _speculation(args: argparse.Namespace) -> int:
     model, _, tokenizer = open_model(args.model)
     found = speculation(model, tokenizer.encode(text), plan, show_progress)
     print("\n".join(table(found, plan)))
+    write_json(args.json, [asdict(row) for row in found])
+    return 0
+
+
+def _neighbours(args: argparse.Namespace) -> int:
+    import torch
+
+    from longctx.bench.neighbours import neighbours, table
+    from longctx.cli.options import whole_number
+
+    lengths = [whole_number("--lengths", part, 2) for part in args.lengths.split(",")]
+    count, rounds = whole_number("--count", args.count), whole_number("--rounds", args.rounds)
+    check_file(args.json)
+    torch.set_num_threads(1)
+    found = neighbours(lengths, count, rounds, show_progress)
+    print("\n".join(table(found)))
     write_json(args.json, [asdict(row) for row in found])
     return 0
 

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from longctx.cli.options import give_way, whole_number
+from longctx.cli.search_options import add_search_arguments, search_of
 
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
+    from longctx.cache.search import Search
     from longctx.generate.parallel_context import ParallelContext
     from longctx.generate.speculate import Counted
     from longctx.runtime.mesh import Mesh
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="several tokens per step, of proposal heads or of what the text said before; greedy text stays the same",
     )  # fmt: skip
     _add_windows(parser)
+    add_search_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -118,7 +121,7 @@ def _checked(args: argparse.Namespace, world: int) -> list[str]:
         raise ConfigError(f"{world} processes cannot share stdin; give the prompt by --prompt or --file")
     whole_number("--max-tokens", args.max_tokens)
     whole_number("--chunk", args.chunk)
-    cache = _cache(args, None)
+    cache = _cache(args, None, search_of(args, None))
     if args.speculate != "none":
         from longctx.generate.text import check_speculation
 
@@ -173,14 +176,16 @@ def _generate(args: argparse.Namespace, texts: list[str], mesh: "Mesh | None") -
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if mesh is None:
         model, _, tokenizer = open_model(args.model, device=device)
+        search = search_of(args, model)
     else:
         model, _, tokenizer = agree(mesh, lambda: open_model(args.model, device=mesh.device))
+        search = agree(mesh, lambda: search_of(args, model))
         why = why_replicated(model)
         if why is not None and mesh.is_first:
             print(f"longctx: every process runs the whole prompt: {why}", file=sys.stderr)
     proposer = _proposer(args, model) if mesh is None else agree(mesh, lambda: _proposer(args, model))
     prompt, *windows = texts
-    cache, chunk, before = _cache(args, mesh), whole_number("--chunk", args.chunk), None
+    cache, chunk, before = _cache(args, mesh, search), whole_number("--chunk", args.chunk), None
     if windows:
         sink, query, *read = ([*tokenizer.encode(text)] for text in (args.sink or "", prompt, *windows))
         options = _windowing(args)
@@ -216,7 +221,7 @@ def _proposer(args: argparse.Namespace, model: object) -> "Counted | None":
     return Counted(ProposalHeads(model))
 
 
-def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
+def _cache(args: argparse.Namespace, mesh: "Mesh | None", search: "Search | None") -> "CacheOptions":
     from longctx.cache.compress import Compression, Policy
     from longctx.cache.options import CacheOptions
     from longctx.errors import ConfigError
@@ -234,7 +239,8 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None") -> "CacheOptions":
         module, _, name = SCORERS[args.scorer or "snapkv"].partition(".")
         compression = Compression(getattr(importlib.import_module(f"longctx.cache.{module}"), name)(), policy)
     bits = int(args.cache_bits) if args.cache_bits else None
-    return CacheOptions(bits=bits, ranks=None if mesh is None else mesh.sequence, compression=compression)
+    ranks = None if mesh is None else mesh.sequence
+    return CacheOptions(bits=bits, ranks=ranks, compression=compression, search=search)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ from types import ModuleType
 from longctx import __version__
 from longctx.errors import LongctxError
 
-COMMANDS = ("demo", "check", "data", "train", "eval", "export", "generate", "report", "bench")
+COMMANDS = ("demo", "check", "data", "train", "eval", "export", "cache", "generate", "report", "bench")
 """Subcommands in the order ``longctx --help`` lists them."""
 
 

@@ -4,7 +4,6 @@ One safetensors file: the tokens, all tensors of the state, and in its metadata 
 section that made them. Nothing in it is executed: types are looked up by name among those of our mixers.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longctx.cache.bases import fingerprint
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.sinks import protecting
-from longctx.config.schema import Model
 from longctx.errors import DataError, UnsupportedError
 from longctx.generate.decode import Decoded, LanguageModel
 from longctx.mixers import MIXERS
@@ -30,12 +29,12 @@ def save_decoded(decoded: Decoded, model: LanguageModel, path: Path) -> None:
     """Write sequences that a model has run.
 
     Raises:
-        UnsupportedError: their cache is spread over ranks.
+        UnsupportedError: their cache is spread over ranks, or a search stores its keys otherwise than they come.
         DataError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {"tokens": decoded.tokens_BS.contiguous()}
     shape = _taken_apart(decoded.state, tensors)
-    header = {"format": _FORMAT, "model": _fingerprint(model.config), "state": json.dumps(shape)}
+    header = {"format": _FORMAT, "model": fingerprint(model.config), "state": json.dumps(shape)}
     try:
         save_file(tensors, str(path), metadata=header)
     except (OSError, SafetensorError) as error:
@@ -50,17 +49,19 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
 
     Raises:
         DataError: the file is none of ours, damaged, or of another model.
-        UnsupportedError: the cache is to be spread over ranks.
+        UnsupportedError: the cache is to be spread over ranks, or searched by what stores keys otherwise.
     """
     if cache is not None and cache.ranks is not None:
         raise UnsupportedError("a decode state on disk is of one rank; load it without ranks")
+    if cache is not None:
+        _check_search(cache)
     device = str(model.head.weight.device)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             header = file.metadata() or {}
             if header.get("format") != _FORMAT:
                 raise DataError(f"{path} holds no decode state; give a file that save_decoded wrote")
-            if header.get("model") != _fingerprint(model.config):
+            if header.get("model") != fingerprint(model.config):
                 raise DataError(f"the decode state {path} is of another model; run the prompt with this one")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
@@ -73,8 +74,12 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
     return Decoded(tokens, SequenceContext.single(*tokens.shape), state)
 
 
-def _fingerprint(config: Model) -> str:
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+def _check_search(cache: CacheOptions) -> None:
+    if cache.search is not None and cache.search.turns_keys:
+        raise UnsupportedError(
+            f"a decode state on disk holds keys as they come, and {type(cache.search).__name__} caches them in a basis "
+            "of its own; leave search out, or run the prompt again"
+        )
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -88,6 +93,7 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, RaggedKV):
         if value.options.ranks is not None:
             raise UnsupportedError("a cache spread over ranks is not saved; run the prompt on one rank")
+        _check_search(value.options)
         return {"is": "cache", "parts": _taken_apart(value.parts(), tensors)}
     if isinstance(value, tuple):
         parts = [_taken_apart(part, tensors) for part in value]
