@@ -167,6 +167,8 @@ def _check(model: Any, windows: Sequence[Sequence[int]], cache: CacheOptions) ->
             )
     if cache.compression is not None:
         raise UnsupportedError("parallel context encoding chooses among windows; leave out the compression (--keep)")
+    if cache.search is not None:
+        raise UnsupportedError("parallel context encoding moves keys, which a search looks up; leave out the search")
     if not windows or not all(windows):
         raise DataError("parallel context encoding needs windows, and every one with at least one token")
 

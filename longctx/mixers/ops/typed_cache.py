@@ -38,10 +38,12 @@ class TypedCache(NamedTuple):
 
         Raises:
             UnsupportedError: a compression, which would choose among tokens whose types already say how long they stay;
-                ranks.
+                a search; ranks.
         """
         if options.compression is not None:
             raise UnsupportedError("the types of nats say which tokens stay; leave the compression of the cache out")
+        if options.search is not None:
+            raise UnsupportedError("the types of nats say which tokens are seen; leave the search of the cache out")
         if options.ranks is not None:
             raise UnsupportedError("a cache of typed tokens is not spread over ranks; leave ranks out")
         windows = (None, None, window + 1)
