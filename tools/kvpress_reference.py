@@ -29,6 +29,7 @@ def presses(window: int) -> dict[str, Any]:
         "snapkv": kvpress.SnapKVPress(window_size=window, kernel_size=5),
         "snapkv, adaptive": kvpress.AdaKVPress(kvpress.SnapKVPress(window_size=window, kernel_size=5)),
         "tova": kvpress.TOVAPress(),
+        "expected-attention": kvpress.ExpectedAttentionPress(n_future_positions=512, n_sink=4),
         "recency": streaming,
     }
 

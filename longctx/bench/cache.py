@@ -21,8 +21,10 @@ from torch import Tensor
 from longctx.bench.retrieval import QUESTION, VOCAB, Entries
 from longctx.cache import scorers
 from longctx.cache.compress import Compression, Policy
+from longctx.cache.expected import ExpectedAttention
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import all_compressed
+from longctx.cache.representation import RepresentationShift
 from longctx.errors import ConfigError
 from longctx.generate.decode import LanguageModel, advance
 
@@ -55,6 +57,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "snapkv": Method(scorers.SnapKV(WINDOW), recent=WINDOW),
         "snapkv, adaptive": Method(scorers.SnapKV(WINDOW), recent=WINDOW, adaptive=True),
         "tova": Method(scorers.TOVA()),
+        "expected-attention": Method(ExpectedAttention(), sinks=4),
+        "representation-shift": Method(RepresentationShift(), recent=1),
         "recency": Method(scorers.Recency(), sinks=4),
     }
 )
