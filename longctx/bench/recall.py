@@ -87,7 +87,7 @@ class Plan:
         steps: all of them.
     """
 
-    segments: int = 16
+    segments: int = 8
     segment: int = 16
     steps: int = 500
     shorter: int = 100
@@ -127,7 +127,10 @@ def recall(kind: str, plan: Plan, mesh: Mesh, advance: Callable[[int, float], No
         stage = _asking(trainer, replace(facts, segments=segments))
         while trainer.progress.step < until:
             stage.log(stage.step())
-    further = {n: _accuracy(trainer, replace(facts, segments=n))[-1] for n in (plan.segments, 4 * plan.segments)}
+    further = {
+        n: _accuracy(trainer, replace(facts, segments=n))[-1]
+        for n in (plan.segments, 2 * plan.segments, 4 * plan.segments)
+    }
     seconds = time.perf_counter() - started
     return Recall(kind, tuple(watch.losses), tuple(_accuracy(trainer, facts)), further, seconds)
 

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     neighbours.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
-    recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
+    recall.add_argument("--segments", metavar="N", default="8", help="segments of a row (default 8)")
     recall.add_argument("--steps", metavar="N", default="500", help="optimizer steps (default 500)")
     recall.add_argument("--seed", metavar="N", default="0", help="of weights and rows (default 0)")
     recall.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
@@ -285,14 +285,15 @@ def _recall(args: argparse.Namespace) -> int:
     sequence = Sequence(length=plan.segments * plan.segment, degree=launch.world)
     with joined_world(Runtime(), sequence, launch) as mesh:
         if mesh.is_first:
-            right = f"right in the last of {plan.segments} segments | of {4 * plan.segments}"
+            counts = [f"of {times * plan.segments}" for times in (2, 4)]
+            right = " | ".join([f"right in the last of {plan.segments} segments", *counts])
             print(f"| kind | {right} | first loss | last loss | minutes |")
-            print("|---|---|---|---|---|---|")
+            print("|---" * 7 + "|")
         for kind in kinds:
             found.append(recall(kind, plan, mesh))
             if mesh.is_first:
-                one, four = found[-1].further.values()
-                numbers_of = (one, four, found[-1].losses[0], found[-1].losses[-1], found[-1].seconds / 60)
+                one = found[-1]
+                numbers_of = (*one.further.values(), one.losses[0], one.losses[-1], one.seconds / 60)
                 print(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers_of) + " |", flush=True)
         if mesh.is_first:
             write_json(args.json, [asdict(result) for result in found])
