@@ -57,7 +57,9 @@ def dense(model: Any, seed: int, after: str, kept: list[Tensor] | None = None) -
     inside = torch.cat([torch.arange(n) + SINK for n in LENGTHS])
     start = SINK + max(LENGTHS) if after == "longest" else TOTAL
     positions = torch.cat((torch.arange(SINK), inside, torch.arange(QUERY) + start))
-    context = SimpleNamespace(positions=lambda device: positions[None], length=TOTAL + QUERY)
+    context = SimpleNamespace(
+        positions=lambda device: positions[None], length=TOTAL + QUERY, rank=0, once=lambda key, make: make()
+    )
     seen = torch.ones(len(owner), len(owner)).tril().bool()
     seen &= (owner[:, None] == owner) | (owner == -1) | (owner[:, None] == -2)
     x, queries, keys = model.embed(ids), [], []

@@ -26,6 +26,7 @@ from longctx.sequence.context import SequenceContext
 LENGTHS = (17, 3, 40, 3, 9)
 APART = sorted(name for name in MODELS if name not in MIXERS or MIXERS[name].rows_apart)
 APART.remove("block")
+APART.remove("block_bias")
 
 
 def prompts_of(seed: int) -> list[list[int]]:

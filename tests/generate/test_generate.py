@@ -265,7 +265,7 @@ def test_names_of_scorers_and_positions_reach_the_cache() -> None:
     for name, where in generate_cmd.SCORERS.items():
         for words, positions in (((), "text"), (("--positions", "cache"), "cache")):
             args = parser.parse_args(["folder", "--keep", "0.25", "--scorer", name, *words])
-            compression = generate_cmd._cache(args, None).compression
+            compression = generate_cmd._cache(args, None, None).compression
             assert compression is not None
             assert type(compression.scorer).__name__ == where.partition(".")[2]
             assert (compression.policy.ratio, compression.policy.positions) == (0.25, positions)

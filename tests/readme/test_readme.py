@@ -147,7 +147,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_commands_in_the_configs_are_understood(file: Path) -> None:
     """Bug: two configs told of `longctx export` without its required --out. Strategy: parse every command they name."""
     comments = "\n".join(re.findall(r"#(.*)", file.read_text(encoding="utf-8")))
-    found = re.findall(r"longctx ((?:check|data|train|eval|export|report) [^()\n]+?)(?=\)| {2}|\n|$)", comments)
+    found = re.findall(r"longctx ((?:bench|check|data|train|eval|export|report) [^()\n]+?)(?=\)| {2}|\n|$)", comments)
     assert found or file.stem == "demo"
     parser = _build_parser({name: _load(name) for name in COMMANDS})
     for command in found:
