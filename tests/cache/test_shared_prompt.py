@@ -96,7 +96,9 @@ def check(name: str, wanted: Prefilled, ranks: list[Prefilled]) -> None:
             assert torch.equal(together, positions), f"{name}: layer {layer} keeps other tokens"
 
 
-@pytest.mark.parametrize("world, names", [(2, FEW), pytest.param(3, sorted(MODELS), marks=pytest.mark.tier2)])
+@pytest.mark.parametrize(
+    "world, names", [(2, FEW), pytest.param(3, sorted({*MODELS} - {"nats"}), marks=pytest.mark.tier2)]
+)
 def test_every_mixer_prefills_over_ranks_as_on_one(world: int, names: list[str], pool: Pool, seed: int) -> None:
     one = prefilled(names, seed)
     ranks = pool.run(prefilled, world, names, seed)
