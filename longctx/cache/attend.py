@@ -23,6 +23,7 @@ from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
 from longctx.attention.tree import tree_merge
 from longctx.cache.layout import BlockLayout
+from longctx.cache.pool import Held, Part, taken
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.search import searched
 from longctx.errors import UnsupportedError
@@ -113,12 +114,12 @@ def _lane_by_lane(
     parts = []
     for lane in range(batch * cache.kv_heads):
         row, head = divmod(lane, cache.kv_heads)
-        k_ME, v_ME, position_M = cache.lane(lane)
-        slices = visible_slices(position_M.cpu().numpy(), int(position_BT[row, 0]), tokens, window)
         q_TGE = q_BTHE[row, :, head * group : (head + 1) * group]
         partial = Partial.empty(q_TGE)
-        k_M1E, v_M1E = (t.to(q_BTHE.device)[:, None] for t in (k_ME, v_ME))
-        partial.attend(q_TGE, k_M1E, v_M1E, slices, kernel, scoring)
+        for k_ME, v_ME, position_M in cache.lane_in_parts(lane):
+            slices = visible_slices(position_M.cpu().numpy(), int(position_BT[row, 0]), tokens, window)
+            k_M1E, v_M1E = (t.to(q_BTHE.device)[:, None] for t in (k_ME, v_ME))
+            partial.attend(q_TGE, k_M1E, v_M1E, slices, kernel, scoring)
         parts.append(partial.finished(None, wide))
     by_row = [parts[row * cache.kv_heads : (row + 1) * cache.kv_heads] for row in range(batch)]
     out_BTHE = torch.stack([torch.cat([out for out, _ in row], dim=1) for row in by_row])
@@ -152,11 +153,14 @@ def visible_slices(position_M: npt.NDArray[np.int64], first: int, queries: int, 
 def _block_by_block(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None, newest: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """All blocks at once, in parts of at most :data:`_SCORES` scores."""
+    """All blocks of a storage at once, in parts of at most :data:`_SCORES` scores."""
     q_RQE, at_RQ = _of_lanes(q_BTHE, position_BT, cache.kv_heads)
     step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
-    parts = _parts(_visible(cache, at_RQ, window), cache.layout.capacity, step)
-    partials = (_partial(q_RQE, at_RQ, cache, part, scoring, window, newest) for part in parts)
+    partials = (
+        _partial(q_RQE, at_RQ, held, part, scoring, window, newest)
+        for held in cache.pool.held(cache.layout)
+        for part in _parts(_visible(held, at_RQ, window), held.layout.capacity, min(step, held.store.step))
+    )
     out_RQE, lse_RQ = next(partials)
     for partial in partials:
         merge_(out_RQE, lse_RQ, *partial)
@@ -187,20 +191,16 @@ def _of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tup
     return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3), lse_BKGT.permute(0, 3, 1, 2).flatten(2)
 
 
-def _visible(cache: RaggedKV, at_RQ: Tensor, window: int | None) -> Tensor:
+def _visible(held: Held, at_RQ: Tensor, window: int | None) -> Tensor:
     """Ids of the blocks that hold anything a query may see."""
-    layout, counts_N = cache.layout, cache.layout.counts()
+    layout, counts_N = held.layout, held.layout.counts()
     if window is None or not len(counts_N):
         ids_n: Tensor = layout.once("filled", lambda: (counts_N > 0).nonzero()[:, 0])
         return ids_n
-    position_NC = cache.pool.position_NC[: layout.capacity]
+    position_NC = held.store.position_NC[: layout.capacity]
     last_N = position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(position_NC.device))[:, 0].cpu()
     first_R = at_RQ.min(1).values.cpu() - window + 1
     return ((counts_N > 0) & (last_N >= first_R[layout.owner_N.clamp_min(0)])).nonzero()[:, 0]
-
-
-Part = slice | Tensor
-"""Some blocks: neighbours, which are read where they lie, or ids, whose blocks are copied."""
 
 
 def _parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
@@ -210,23 +210,19 @@ def _parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
     return [slice(start, min(start + step, blocks)) for start in range(0, max(blocks, 1), step)]
 
 
-def _of(tensor: Tensor, part: Part) -> Tensor:
-    return tensor[part] if isinstance(part, slice) else tensor[part.to(tensor.device)]
-
-
 def _partial(
-    q_RQE: Tensor, at_RQ: Tensor, cache: RaggedKV, part: Part, scoring: Scoring, window: int | None, newest: bool
+    q_RQE: Tensor, at_RQ: Tensor, held: Held, part: Part, scoring: Scoring, window: int | None, newest: bool
 ) -> tuple[Tensor, Tensor]:
     """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks."""
-    pool, device, wide = cache.pool, q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32)
-    layout = cache.layout
-    owner_n = _of(layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device)), part)
-    k_nCE, v_nCE = (pool.codec.decode(tuple(_of(t, part) for t in kv)).to(device) for kv in (pool.k, pool.v))
+    device, wide, layout = q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32), held.layout
+    owner_N = layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device))
+    owner_n = taken(owner_N, part, device)
+    k_nCE, v_nCE = held.store.read(part, device)
     runs = _runs(layout, part)
     score_nQC = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
     if scoring.softcap is not None:
         score_nQC = (score_nQC / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nQC, at_RQ, owner_n, cache, part, window, newest)
+    _hide(score_nQC, at_RQ, owner_n, held, part, window, newest)
     top_RQ = score_nQC.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
     top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nQC.amax(2), "amax")
     weight_nQC = score_nQC.sub_(top_RQ[owner_n][..., None]).exp_()
@@ -280,12 +276,12 @@ def _sums(weight_nQC: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes:
 
 
 def _hide(
-    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, cache: RaggedKV, part: Part, window: int | None, newest: bool
+    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, held: Held, part: Part, window: int | None, newest: bool
 ) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
-    layout, block, device = cache.layout, score_nQC.shape[2], score_nQC.device
-    counts_n = _of(layout.once(("counts", device), lambda: layout.counts().to(device)), part)
-    position_nC = _of(cache.pool.position_NC, part).to(device)
+    layout, block, device = held.layout, score_nQC.shape[2], score_nQC.device
+    counts_n = taken(layout.once(("counts", device), lambda: layout.counts().to(device)), part, device)
+    position_nC = taken(held.store.position_NC, part, device)
     if newest and window is None and isinstance(part, slice):
         rows = layout.once(
             ("open", part.start, part.stop, device),

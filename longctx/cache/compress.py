@@ -122,20 +122,21 @@ class Compression:
 @torch.no_grad()
 def kept_tokens(
     tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, compression: Compression, ranks: Ranks,
-    worths: Sequence[Tensor] | None = None,
+    worths: Sequence[Tensor] | None = None, device: torch.device | None = None,
 ) -> list[Tensor] | None:  # fmt: skip
     """Which tokens of every lane stay, as masks; None: all.
 
     Args:
         tokens: those of every lane on this rank.
         worths: fp32 [n] of every lane, where layers report scores.
+        device: where tokens are scored, one row after the other; None: where they are.
     """
     policy, lanes = compression.policy, len(tokens)
     budget = policy.budget(ranks.seen, compression.layer)
     lengths_R = torch.tensor([len(position) for _, _, position in tokens])
     if bool((ranks.total(lengths_R) <= budget).all()):
         return None
-    scores = worths or _scores(tokens, kv_heads, queries_BHWE, compression.scorer, ranks)
+    scores = worths or _scores(tokens, kv_heads, queries_BHWE, compression.scorer, ranks, device)
     score_n = torch.cat(list(scores)).cpu()
     position_n = torch.cat([position for _, _, position in tokens]).cpu()
     lane_n = torch.repeat_interleave(torch.arange(lanes), lengths_R)
@@ -154,7 +155,10 @@ def kept_tokens(
     return list(torch.split(kept_n, lengths_R.tolist()))
 
 
-def _scores(tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, scorer: Scorer, ranks: Ranks) -> list[Tensor]:
+def _scores(
+    tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, scorer: Scorer, ranks: Ranks,
+    device: torch.device | None,
+) -> list[Tensor]:  # fmt: skip
     """Scores [n] of every lane; rows whose heads hold equally many tokens are scored in one."""
     found = []
     for row in range(len(tokens) // kv_heads):
@@ -164,7 +168,7 @@ def _scores(tokens: Lanes, kv_heads: int, queries_BHWE: Tensor | None, scorer: S
         if bool(ranks.highest(torch.tensor([int(len({len(p) for _, _, p in own}) > 1)]))[0]):
             heads = [slice(head, head + 1) for head in range(kv_heads)]
         for part in heads:
-            k, v, position = (torch.stack(tensors)[None] for tensors in zip(*own[part], strict=True))
+            k, v, position = (torch.stack(tensors)[None].to(device) for tensors in zip(*own[part], strict=True))
             group = 0 if q_1HWE is None else q_1HWE.shape[1] // kv_heads
             q = None if q_1HWE is None else q_1HWE[:, part.start * group : part.stop * group]
             found += list(scorer.score(k, v, q, position, ranks)[0])

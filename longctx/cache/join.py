@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from longctx.cache.layout import BlockLayout
-from longctx.cache.pool import Pool
 from longctx.cache.ragged import RaggedKV
 from longctx.errors import UnsupportedError
 
@@ -22,14 +21,14 @@ def joined(caches: Sequence[RaggedKV]) -> RaggedKV:
     first, seen = caches[0], max(cache.seen for cache in caches)
     if first.options.compression is not None:
         raise UnsupportedError("compressed caches of different lengths cannot be joined; run the prompts apart")
-    pool = Pool(first.pool.block, first.pool.codec, first.pool.none_E)
-    kept = [(cache.pool, cache.layout.capacity) for cache in caches]
-    pool.k = tuple(torch.cat(parts) for parts in zip(*([t[:n] for t in p.k] for p, n in kept), strict=True))
-    pool.v = tuple(torch.cat(parts) for parts in zip(*([t[:n] for t in p.v] for p, n in kept), strict=True))
-    pool.position_NC = torch.cat([p.position_NC[:n] for p, n in kept])
     # Layers in step ask with the same layouts, and share what they get.
     others = tuple(cache.layout for cache in caches[1:])
     layout = first.layout.once(("joined", others), lambda: _joined_layout([first.layout, *others]))
+    pool, blocks = first.pool.fresh(), 0
+    pool.reserve(layout)
+    for cache in caches:
+        pool.absorb(cache.pool, (cache.layout.held,), (cache.layout.held + blocks,))
+        blocks += cache.layout.capacity
     short = tuple(seen - cache.seen + s for cache in caches for s in cache.short or (0,) * cache.batch)
     settled = min(cache.settled + seen - cache.seen for cache in caches)
     uneven = short if any(short) else ()

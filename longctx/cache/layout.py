@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-_SPARE = 8
+SPARE = 8
 """A layout that is full grows by one block in so many."""
 
 
@@ -71,6 +71,12 @@ class BlockLayout:
             self._made[key] = make()
         return self._made[key]
 
+    @property
+    def held(self) -> Tensor:
+        """Ids of the blocks in use, ascending."""
+        ids: Tensor = self.once("held", lambda: (self.owner_N >= 0).nonzero()[:, 0])
+        return ids
+
     def counts(self) -> Tensor:
         """Tokens [N] in every block."""
 
@@ -80,6 +86,13 @@ class BlockLayout:
 
         counts_N: Tensor = self.once("counts", find)
         return counts_N
+
+    def behind(self) -> Tensor:
+        """Tokens [N] of its lane behind every block; below 0 where it is not full; of no meaning for free ones."""
+        behind_N: Tensor = self.once(
+            "behind", lambda: self.lengths_R[self.owner_N.clamp_min(0)] - (self.ordinal_N + 1) * self.block
+        )
+        return behind_N
 
     def blocks_of(self, lane: int) -> Tensor:
         """Ids of the blocks of a lane, in order."""
@@ -132,7 +145,7 @@ class BlockLayout:
     def _taken(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Owners and ordinals to be changed, with so many free blocks, and their ids."""
         free = (self.owner_N < 0).nonzero()[:, 0]
-        more = 0 if len(free) >= count else max(count - len(free), self.capacity // _SPARE)
+        more = 0 if len(free) >= count else max(count - len(free), self.capacity // SPARE)
         none = torch.full((more,), -1)
         owner_N, ordinal_N = torch.cat((self.owner_N, none)), torch.cat((self.ordinal_N, none))
         return owner_N, ordinal_N, torch.cat((free, torch.arange(self.capacity, self.capacity + more)))[:count]

@@ -27,10 +27,12 @@ class CacheOptions:
         ledger: records what they exchange.
         compression: which tokens stay where not all may; None: all.
         search: which tokens the queries of a step look at, of all that stay; None: all.
+        offload: newest tokens of every kv head that stay on the model's device, in whole blocks; what is older lies in
+            the memory of the host (:mod:`longctx.cache.tiers`), on every rank. None: all stay.
         starts: layouts before the first token by number of lanes; layers that share them find places once for all.
 
     Raises:
-        ConfigError: a block without tokens; a compression and a search.
+        ConfigError: a block without tokens; a compression and a search; an offload and a search, or keys that move.
     """
 
     block: int = 64
@@ -40,6 +42,7 @@ class CacheOptions:
     ledger: Ledger | None = None
     compression: Compression | None = None
     search: Search | None = None
+    offload: int | None = None
     starts: dict[int, BlockLayout] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,14 +53,34 @@ class CacheOptions:
                 f"{type(self.search).__name__} chooses among all tokens of a cache, and a compression evicts some; "
                 "leave search or compression out"
             )
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        if self.offload is None:
+            return
+        if self.offload < 0:
+            raise ConfigError(f"an offload of all but {self.offload} tokens; use 0 or more")
+        if self.search is not None:
+            raise ConfigError(
+                f"{type(self.search).__name__} looks up keys of a whole cache on its device, and an offload moves old "
+                "ones to the host; leave search or offload out"
+            )
+        if self.moves:
+            raise ConfigError(
+                "positions 'cache' of a policy moves cached keys on their device, and an offload moves old ones to the "
+                "host; use positions 'text', or leave offload out"
+            )
 
     def check_plain(self, why: str) -> None:
         """Refuse what would have no effect where no keys and values are cached.
 
         Raises:
-            UnsupportedError: bits, ranks, a compression or a search are set.
+            UnsupportedError: bits, ranks, a compression, a search or an offload are set.
         """
-        found = {"bits": self.bits, "compression": self.compression, "search": self.search, "ranks": self.ranks}
+        found = {
+            "bits": self.bits, "compression": self.compression, "search": self.search, "ranks": self.ranks,
+            "offload": self.offload,
+        }  # fmt: skip
         for name, value in found.items():
             if value is not None:
                 raise UnsupportedError(f"{name} of a cache have no effect: {why}; leave them out")

@@ -6,7 +6,7 @@ appends writes behind what all others see, or, where another cache has other tok
 Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T new tokens, E head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Pool
 from longctx.cache.ranks import Ranks
 from longctx.cache.rotation import Origin, Rotation, close_gaps, evicted_behind
+from longctx.cache.search import lane_positions
+from longctx.cache.tiers import empty_pool
 from longctx.errors import UnsupportedError
 
 
@@ -73,8 +75,7 @@ class RaggedKV:
             UnsupportedError: the compression needs a rotation, and there is none.
         """
         options = (options or CacheOptions()).bound(rotation)
-        worth = options.branch is not None
-        pool = Pool(options.block, Codec(options.bits, options.group), like.new_empty(head_dim), worth)
+        pool = empty_pool(options, Codec(options.bits, options.group), like.new_empty(head_dim))
         return cls(pool, options, kv_heads, options.start(batch * kv_heads), window=window, rotation=rotation)
 
     @property
@@ -124,17 +125,16 @@ class RaggedKV:
         taken_RT = taken_BT.repeat_interleave(heads, dim=0)
         if taken_BTK is not None:
             taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
-        pool, (layout, places) = self._own_pool(), self.layout.append(taken_RT)
-        pool.write(places, layout.capacity, k_RTE, v_RTE, position_RT)
+        pool, (layout, _) = self._own_pool(), self.layout.append(taken_RT)
+        pool.write(layout, k_RTE, v_RTE, position_RT)
         return self._with(pool, layout, seen=self.seen + tokens)
 
     def valued(self, worth_BT: Tensor) -> "RaggedKV":
         """What stays once the worth of the tokens that were just appended is known."""
-        places, pool = self.layout.came, self.pool
-        assert pool.worth_NC is not None
+        places = self.layout.came
         row_n = (places.lane_n // self.kv_heads).to(worth_BT.device)
         worth_n = worth_BT[row_n, places.token_n.to(worth_BT.device)]
-        pool.worth_NC[places.block_n.to(pool.device), places.offset_n.to(pool.device)] = worth_n.to(pool.worth_NC)
+        self.pool.tell(places.block_n, places.offset_n, worth_n)
         return self._due()
 
     def truncated(self, before: int) -> "RaggedKV":
@@ -150,11 +150,12 @@ class RaggedKV:
                 f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
                 "go on from the cache of that time"
             )
-        layout = self.layout
-        held_NC = torch.arange(layout.block) < layout.counts()[:, None]
-        stays_NC = held_NC & (self.pool.position_NC[: layout.capacity].cpu() < before)
-        lengths_R = torch.zeros_like(self.lengths_R)
-        lengths_R.index_add_(0, layout.owner_N.clamp_min(0), stays_NC.sum(1))
+        layout, ids = self.layout, self.layout.held
+        # No lane has more tokens behind than were seen since.
+        ids = ids[layout.behind()[ids] < self.seen - before]
+        held_nC = torch.arange(layout.block) < layout.counts()[ids][:, None]
+        goes_nC = held_nC & (self.pool.positions(ids, torch.device("cpu")) >= before)
+        lengths_R = self.lengths_R.index_add(0, layout.owner_N[ids], goes_nC.sum(1), alpha=-1)
         cache, search = self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen)), self.options.search
         if search is not None:
             cache.index = search.cut(self.index, before)
@@ -178,18 +179,23 @@ class RaggedKV:
         """
         self._check_even("written down")
         layout, options = self.layout, self.options
-        pool = self.pool.copy(layout.capacity)
+        pool = self.pool.plain(layout)
         numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
         places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
         moves = None if options.compression is None else options.moves
         frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
         origin = None if self.origin is None else tuple(self.origin)
-        stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
+        stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, self.pool.none_E)
         return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin
 
     @classmethod
-    def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
-        """Stored as those of :meth:`parts` were; compressed from now on as ``options`` say.
+    def from_parts(
+        cls, parts: tuple[Any, ...], options: CacheOptions, device: torch.device | None = None
+    ) -> "RaggedKV":
+        """Stored as those of :meth:`parts` were; compressed and offloaded from now on as ``options`` say.
+
+        Args:
+            device: of the model, if parts are elsewhere.
 
         Raises:
             UnsupportedError: they count positions otherwise than tokens were evicted by.
@@ -205,22 +211,34 @@ class RaggedKV:
             )
         if origin is not None:
             origin = Origin(origin[0], *(t.cpu() for t in origin[1:]))
-        pool = Pool(block, Codec(bits, group), none_E)
-        pool.k, pool.v, pool.position_NC = k, v, position_NC
+        device = device or none_E.device
+        plain = Pool(block, Codec(bits, group), none_E)
+        plain.k, plain.v, plain.position_NC = k, v, position_NC
         if options.branch is not None:
-            pool.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
-            pool.worth_NC = pool.worth_NC.to(pool.device)
-        layout = BlockLayout(block, *(t.cpu() for t in places))
+            plain.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
+            plain.worth_NC = plain.worth_NC.to(plain.device)
+        layout, pool = BlockLayout(block, *(t.cpu() for t in places)), plain
+        if options.offload is not None:
+            pool = empty_pool(options, plain.codec, none_E.to(device))
+            pool.reserve(layout)
+            pool.absorb(plain, (layout.held,), (layout.held,))
+        queries_BHWE = None if queries_BHWE is None else queries_BHWE.to(device)
         return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin)
 
-    def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
-        ids, length = self.layout.blocks_of(lane).to(self.pool.device), int(self.lengths_R[lane])
-        k, v = (
-            self.pool.codec.decode(tuple(t[ids] for t in stored)).flatten(0, 1)[:length]
-            for stored in (self.pool.k, self.pool.v)
-        )
-        return k, v, self.pool.position_NC[ids].flatten()[:length].long()
+    def lane(self, lane: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [n, E], values [n, E] and positions [n] of one lane, copied to ``device`` or that of the pool."""
+        return self._tokens(self.layout.blocks_of(lane), int(self.lengths_R[lane]), device)
+
+    def lane_in_parts(self, lane: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same, as few at a time as the pool wants; one part at least."""
+        ids, length, step = self.layout.blocks_of(lane), int(self.lengths_R[lane]), self.pool.step
+        for start in range(0, max(len(ids), 1), step):
+            yield self._tokens(ids[start : start + step], length - start * self.layout.block)
+
+    def _tokens(self, ids: Tensor, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The first tokens of blocks of one lane."""
+        k, v = (rows.flatten(0, 1)[:length] for rows in self.pool.rows(ids, device))
+        return k, v, self.pool.positions(ids, device).flatten()[:length].long()
 
     def attended(self, q_BTHE: Tensor | None) -> "RaggedKV":
         """What stays after the new tokens' queries have seen what the cache holds.
@@ -268,8 +286,9 @@ class RaggedKV:
             return self
         self._check_even("compressed")
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
-        tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
-        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
+        device = self.pool.device
+        tokens = [self.lane(lane, self.pool.lane_device) for lane in range(len(self.lengths_R))]
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths(), device)
         if masks is None:
             return self
         cache, origin = self.kept(masks), self.origin
@@ -280,11 +299,10 @@ class RaggedKV:
 
     def _worths(self) -> list[Tensor] | None:
         """Of every lane's tokens, where they are told."""
-        worth_NC = self.pool.worth_NC
-        if worth_NC is None:
+        if self.pool.worth_NC is None:
             return None
         lanes = [
-            worth_NC[self.layout.blocks_of(lane).to(worth_NC.device)].flatten()[:length]
+            self.pool.worths(self.layout.blocks_of(lane)).flatten()[:length]
             for lane, length in enumerate(self.lengths_R.tolist())
         ]
         if bool(torch.cat(lanes).isnan().any()):
@@ -300,7 +318,7 @@ class RaggedKV:
             return self
         oldest_B = [self.seen - self.window + 1 - short for short in self.short or (0,) * self.batch]
         lanes = range(len(self.lengths_R))
-        cache = self.kept([self.lane(lane)[2].cpu() >= oldest_B[lane // self.kv_heads] for lane in lanes])
+        cache = self.kept([lane_positions(self, lane).cpu() >= oldest_B[lane // self.kv_heads] for lane in lanes])
         return cache._with(cache.pool, cache.layout, settled=self.seen)
 
     def _with(
@@ -323,7 +341,7 @@ class RaggedKV:
         others = (user for user in self.pool.users if isinstance(user, RaggedKV) and user.layout is not self.layout)
         if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others):
             return self.pool
-        return self.pool.copy(self.layout.capacity)
+        return self.pool.copy(self.layout)
 
 
 def all_compressed(state: Any) -> Any:

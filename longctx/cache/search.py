@@ -109,8 +109,8 @@ def visible(position_QM: Tensor, at_Q: Tensor, window: int | None) -> Tensor:
 
 def lane_positions(cache: "RaggedKV", lane: int) -> Tensor:
     """Of the tokens of one lane, [n], ascending."""
-    ids = cache.layout.blocks_of(lane).to(cache.pool.device)
-    return cache.pool.position_NC[ids].flatten()[: int(cache.lengths_R[lane])].long()
+    position_nC = cache.pool.positions(cache.layout.blocks_of(lane))
+    return position_nC.flatten()[: int(cache.lengths_R[lane])].long()
 
 
 def lane_rows(cache: "RaggedKV", stored: tuple[Tensor, ...], lane: int, token_QM: Tensor) -> Tensor:

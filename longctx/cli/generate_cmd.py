@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
     parser.add_argument("--chunk", metavar="N", default="4096", help="tokens run at a time (default 4096)")
     parser.add_argument("--cache-bits", choices=("8", "4"), help="round cached keys and values to so many bits")
+    parser.add_argument("--offload", metavar="N", help="cached tokens but the newest N lie in the memory of the host")
     parser.add_argument("--keep", metavar="X", help="tokens per head that stay cached, or a share of them below 1")
     parser.add_argument("--scorer", choices=SCORERS, help="with --keep: which tokens stay (default snapkv)")
     parser.add_argument(
@@ -239,8 +240,9 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None", search: "Search | None
         module, _, name = SCORERS[args.scorer or "snapkv"].partition(".")
         compression = Compression(getattr(importlib.import_module(f"longctx.cache.{module}"), name)(), policy)
     bits = int(args.cache_bits) if args.cache_bits else None
+    offload = None if args.offload is None else whole_number("--offload", args.offload, 0)
     ranks = None if mesh is None else mesh.sequence
-    return CacheOptions(bits=bits, ranks=ranks, compression=compression, search=search)
+    return CacheOptions(bits=bits, ranks=ranks, compression=compression, search=search, offload=offload)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:

@@ -32,6 +32,7 @@ from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.ranks import Ranks
 from longctx.cache.scorers import Scorer
+from longctx.cache.search import lane_positions
 from longctx.errors import ConfigError, DataError, UnsupportedError
 from longctx.generate.decode import Decoded, advance, prefilled
 from longctx.mixers.softmax import SoftmaxMixer
@@ -94,7 +95,7 @@ def read_windows(
         bounds.append(bounds[-1] + len(window))
     total, longest = bounds[-1], max(map(len, windows))
     turn = total - longest - len(sink) if options.query_after == "longest" else 0
-    plain, first = CacheOptions(block=cache.block), None
+    plain, first = CacheOptions(block=cache.block, offload=cache.offload), None
     if sink:
         first = prefilled(model, [list(sink)], plain, chunk)[1]
     caches = _empty(model, cache)
@@ -134,7 +135,9 @@ def select_windows(
         stays_KW = torch.zeros(score_KW.shape, dtype=torch.bool)
         best_KW = score_KW.cpu().sort(dim=1, descending=True, stable=True).indices
         stays_KW.scatter_(1, best_KW[:, : options.keep], True)
-        kept.append(own.kept([_mask(own.lane(lane)[2].cpu(), windows.bounds, s) for lane, s in enumerate(stays_KW)]))
+        kept.append(
+            own.kept([_mask(lane_positions(own, lane).cpu(), windows.bounds, s) for lane, s in enumerate(stays_KW)])
+        )
     return windows._replace(done=windows.done._replace(state=tuple(kept)))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +46,7 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
     """Read what :func:`save_decoded` wrote, to be continued by ``model`` on its device.
 
     Args:
-        cache: compression of what is to come; storage is as it was.
+        cache: compression and offload of what is to come; storage is as it was.
 
     Raises:
         DataError: the file is none of ours, damaged, or of another model.
@@ -55,9 +56,12 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
         raise UnsupportedError("a decode state on disk is of one rank; load it without ranks")
     if cache is not None:
         _check_search(cache)
-    device = str(model.head.weight.device)
+    cache = protecting(cache or CacheOptions(), model.config)
+    device = model.head.weight.device
+    # What is to lie on the host for the most part does not fit the device as a whole.
+    first = device if cache.offload is None else torch.device("cpu")
     try:
-        with safe_open(str(path), framework="pt", device=device) as file:
+        with safe_open(str(path), framework="pt", device=str(first)) as file:
             header = file.metadata() or {}
             if header.get("format") != _FORMAT:
                 raise DataError(f"{path} holds no decode state; give a file that save_decoded wrote")
@@ -65,8 +69,8 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
                 raise DataError(f"the decode state {path} is of another model; run the prompt with this one")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        tokens = tensors.pop("tokens")
-        state = _put_together(json.loads(header["state"]), tensors, protecting(cache or CacheOptions(), model.config))
+        tokens = tensors.pop("tokens").to(device)
+        state = _put_together(json.loads(header["state"]), tensors, cache, device)
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read the decode state {path}: {error}") from None
     except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -101,15 +105,16 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise UnsupportedError(f"a decode state of {type(value).__name__} cannot be saved")
 
 
-def _put_together(shape: Any, tensors: dict[str, Tensor], cache: CacheOptions) -> Any:
+def _put_together(shape: Any, tensors: dict[str, Tensor], cache: CacheOptions, device: torch.device | None) -> Any:
+    """The state on a device; None: where its tensors are."""
     kind = shape["is"]
     if kind == "value":
         return shape["value"]
     if kind == "tensor":
-        return tensors[shape["name"]]
+        return tensors[shape["name"]].to(device)
     if kind == "cache":
-        return RaggedKV.from_parts(_put_together(shape["parts"], tensors, cache), cache)
-    parts = [_put_together(part, tensors, cache) for part in shape["parts"]]
+        return RaggedKV.from_parts(_put_together(shape["parts"], tensors, cache, None), cache, device)
+    parts = [_put_together(part, tensors, cache, device) for part in shape["parts"]]
     return tuple(parts) if shape["name"] is None else _named_tuples()[shape["name"]](*parts)
 
 
