@@ -251,11 +251,11 @@ def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixtu
     prompt = "def f(self): return value " * 12
     small = [("--keep", 40, "--scorer", name) for name in ("random", "representation-shift", "expected-attention")]
     moving = ("--keep", 40, "--scorer", "expected-attention", "--positions", "cache")
-    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--cache-bits", 8), *small, moving):
+    for extra in ((), ("--chunk", 7), ("--keep", 4096), ("--offload", 0), ("--cache-bits", 8), *small, moving):
         options = ("--max-tokens", 24, "--device", "cpu", "--temperature", 1.0, "--chunk", 700, *extra)
         assert _longctx("generate", folder, "--prompt", prompt, *options) == 0
         found[extra] = capsys.readouterr().out
-    assert found["--chunk", 7] == found["--keep", 4096] == found[()]
+    assert found["--chunk", 7] == found["--keep", 4096] == found["--offload", 0] == found[()]
     assert found["--keep", 40, "--scorer", "random"] != found[()]
 
 
@@ -328,6 +328,9 @@ def test_ranks_write_what_one_writes(folder: Path, unwindowed: Path, capsys: pyt
         (("--prompt", "a", "--chunk", "0"), "--chunk must be at least 1"),
         (("--prompt", "a", "--scorer", "tova"), "--scorer tova has no effect without --keep"),
         (("--prompt", "a", "--positions", "cache"), "--positions cache has no effect without --keep"),
+        (("--prompt", "a", "--offload", "few"), "--offload: "),
+        (("--prompt", "a", "--offload", 9, "--neighbours", 4), "leave search or offload out"),
+        (("--prompt", "a", "--offload", 9, "--keep", 40, "--positions", "cache"), "or leave offload out"),
         (("--prompt", "a", "--keep", "1.5"), "--keep 1.5 is neither a number of tokens nor a share"),
         (("--prompt", "a", "--keep", "-3"), "--keep"),
         (
