@@ -114,6 +114,7 @@ class TieredPool(Pool):
         self.hot.resize(new.hot)
         self.cold.resize(new.cold)
         # A slot may be left by one block and taken by another, so all are read first.
+        # What goes down is waited for, so that no slot of the host is written while the device still reads it.
         down = self.hot.lifted((moves.down_from,)) if len(moves.down_from) else None
         up = self.cold.lifted((moves.up_from,)) if len(moves.up_from) else None
         if down is not None:

@@ -77,9 +77,11 @@ def test_transformers_generates_with_our_caches(family: str, seed: int) -> None:
     ids = torch.randint(3, 60, (2, 23), generator=torch.Generator().manual_seed(seed))
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wanted = model.generate(ids, **options)
-    cache = cache_for(longctx.attach(model), CacheOptions(block=4))
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), wanted)
-    assert all(state.seen == 23 + 8 for state in cache.longctx.states)
+    longctx.attach(model)
+    for offload in (None, 6):
+        cache = cache_for(model, CacheOptions(block=4, offload=offload))
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), wanted)
+        assert all(state.seen == 23 + 8 for state in cache.longctx.states)
 
 
 def test_a_block_compresses_what_generate_caches(seed: int) -> None:
