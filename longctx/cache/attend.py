@@ -11,6 +11,7 @@ lane, N blocks, C tokens per block, E head dim.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 import numpy.typing as npt
@@ -219,15 +220,13 @@ def _partial(
     owner_n = taken(owner_N, part, device)
     k_nCE, v_nCE = held.store.read(part, device)
     runs = _runs(layout, part)
-    score_nQC = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
+    score_nCQ = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
     if scoring.softcap is not None:
-        score_nQC = (score_nQC / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nQC, at_RQ, owner_n, held, part, window, newest)
-    top_RQ = score_nQC.new_full(q_RQE.shape[:2], torch.finfo(wide).min / 2)
-    top_RQ.scatter_reduce_(0, owner_n[:, None].expand(-1, q_RQE.shape[1]), score_nQC.amax(2), "amax")
-    weight_nQC = score_nQC.sub_(top_RQ[owner_n][..., None]).exp_()
-    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nQC.sum(2))
-    out_RQE = _sums(weight_nQC.to(v_nCE.dtype), v_nCE, owner_n, runs, len(q_RQE))
+        score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
+    _hide(score_nCQ, at_RQ, owner_n, held, part, window, newest)
+    weight_nCQ, top_RQ = _exponentials(score_nCQ, owner_n, len(q_RQE))
+    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
+    out_RQE = _sums(weight_nCQ.to(v_nCE.dtype), v_nCE, owner_n, runs, len(q_RQE))
     seen_RQ = total_RQ > 0
     out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
     return out_RQE, (total_RQ.log() + top_RQ).where(seen_RQ, float("-inf"))
@@ -254,50 +253,67 @@ def _runs(layout: BlockLayout, part: Part) -> Runs:
 
 
 def _scores(q_RQE: Tensor, k_nCE: Tensor, owner_n: Tensor, runs: Runs) -> Tensor:
-    """Products [n, Q, C] of every block with the queries of its lane; 0 for blocks of none."""
+    """Products [n, C, Q] of every block with the queries of its lane; 0 for blocks of none."""
     if runs is None:
-        return torch.bmm(q_RQE[owner_n], k_nCE.mT)
-    score_nQC = k_nCE.new_zeros(len(k_nCE), q_RQE.shape[1], k_nCE.shape[1])
-    for lane, a, b in runs:
-        score_Qm = q_RQE[lane] @ k_nCE[a:b].flatten(0, 1).mT
-        score_nQC[a:b] = score_Qm.view(len(score_Qm), b - a, -1).transpose(0, 1)
-    return score_nQC
+        return torch.bmm(k_nCE, q_RQE[owner_n].mT)
+    score_nCQ = k_nCE.new_zeros(*k_nCE.shape[:2], q_RQE.shape[1])
+    for lane, a, b in runs:  # keys first: few rows times many columns take twice as long
+        torch.mm(k_nCE[a:b].flatten(0, 1), q_RQE[lane].mT, out=score_nCQ[a:b].flatten(0, 1))
+    return score_nCQ
 
 
-def _sums(weight_nQC: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes: int) -> Tensor:
+def _exponentials(score_nCQ: Tensor, owner_n: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+    """In place: exp(score - top), and top [R, Q], the largest score of every query.
+
+    Reductions and broadcasts whose innermost size is a small Q are slow, so several places go side by side.
+    """
+    blocks, places, queries = score_nCQ.shape
+    side = gcd(places, 8)
+    wide_nPs = score_nCQ.view(blocks, places // side, side * queries)
+    top_nQ = wide_nPs.amax(1).view(blocks, side, queries).amax(1)
+    top_RQ = score_nCQ.new_full((lanes, queries), torch.finfo(score_nCQ.dtype).min / 2)
+    top_RQ.scatter_reduce_(0, owner_n[:, None].expand_as(top_nQ), top_nQ, "amax")
+    wide_nPs.sub_(top_RQ[owner_n].repeat(1, side)[:, None]).exp_()
+    return score_nCQ, top_RQ
+
+
+def _sums(weight_nCQ: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes: int) -> Tensor:
     """Weighted sums [R, Q, E] of the values of every lane."""
     wide = torch.promote_types(v_nCE.dtype, torch.float32)
-    sum_RQE = v_nCE.new_zeros(lanes, weight_nQC.shape[1], v_nCE.shape[2], dtype=wide)
+    sum_RQE = v_nCE.new_zeros(lanes, weight_nCQ.shape[2], v_nCE.shape[2], dtype=wide)
     if runs is None:
-        return sum_RQE.index_add_(0, owner_n, torch.bmm(weight_nQC, v_nCE).to(wide))
+        return sum_RQE.index_add_(0, owner_n, torch.bmm(weight_nCQ.mT, v_nCE).to(wide))
     for lane, a, b in runs:
-        sum_RQE[lane] += weight_nQC[a:b].transpose(0, 1).flatten(1) @ v_nCE[a:b].flatten(0, 1)
+        sum_RQE[lane] += weight_nCQ[a:b].flatten(0, 1).mT @ v_nCE[a:b].flatten(0, 1)
     return sum_RQE
 
 
 def _hide(
-    score_nQC: Tensor, at_RQ: Tensor, owner_n: Tensor, held: Held, part: Part, window: int | None, newest: bool
+    score_nCQ: Tensor, at_RQ: Tensor, owner_n: Tensor, held: Held, part: Part, window: int | None, newest: bool
 ) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
-    layout, block, device = held.layout, score_nQC.shape[2], score_nQC.device
+    layout, block, device = held.layout, score_nCQ.shape[1], score_nCQ.device
+    if newest and window is None and isinstance(part, slice):
+        empty_p = layout.once(("unused", part.start, part.stop, device), lambda: _unused(layout, part).to(device))
+        score_nCQ.view(-1, score_nCQ.shape[2]).index_fill_(0, empty_p, float("-inf"))
+        return
     counts_n = taken(layout.once(("counts", device), lambda: layout.counts().to(device)), part, device)
     position_nC = taken(held.store.position_NC, part, device)
-    if newest and window is None and isinstance(part, slice):
-        rows = layout.once(
-            ("open", part.start, part.stop, device),
-            lambda: (layout.counts()[part] < block).nonzero()[:, 0].to(device),
-        )
-    else:
-        last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
-        partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
-        if window is not None:
-            partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
-        rows = partly.nonzero()[:, 0]
+    last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
+    partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
+    if window is not None:
+        partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
+    rows = partly.nonzero()[:, 0]
     if not len(rows):
         return
-    key_r1C, at_rQ1 = position_nC[rows][:, None], at_RQ[owner_n[rows]][..., None]
-    hidden_rQC = key_r1C > at_rQ1
+    key_rC1, at_r1Q = position_nC[rows][..., None], at_RQ[owner_n[rows]][:, None]
+    hidden_rCQ = key_rC1 > at_r1Q
     if window is not None:
-        hidden_rQC |= key_r1C <= at_rQ1 - window
-    hidden_rQC |= (torch.arange(block, device=device) >= counts_n[rows][:, None])[:, None]
-    score_nQC[rows] = score_nQC[rows].masked_fill_(hidden_rQC, float("-inf"))
+        hidden_rCQ |= key_rC1 <= at_r1Q - window
+    hidden_rCQ |= (torch.arange(block, device=device) >= counts_n[rows][:, None])[..., None]
+    score_nCQ[rows] = score_nCQ[rows].masked_fill_(hidden_rCQ, float("-inf"))
+
+
+def _unused(layout: BlockLayout, part: slice) -> Tensor:
+    """Places without a token, by number among those of a part."""
+    return (torch.arange(layout.block) >= layout.counts()[part][:, None]).flatten().nonzero()[:, 0]
