@@ -87,7 +87,7 @@ class Plan:
         steps: all of them.
     """
 
-    segments: int = 8
+    segments: int = 16
     segment: int = 16
     steps: int = 500
     shorter: int = 100

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     neighbours.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
     recall = subparsers.add_parser("recall", help="whether a recurrence over segments remembers a fact")
     recall.add_argument("--kinds", metavar="NAME,...", default="none,rmt,armt", help="(default none,rmt,armt)")
-    recall.add_argument("--segments", metavar="N", default="8", help="segments of a row (default 8)")
+    recall.add_argument("--segments", metavar="N", default="16", help="segments of a row (default 16)")
     recall.add_argument("--steps", metavar="N", default="500", help="optimizer steps (default 500)")
     recall.add_argument("--seed", metavar="N", default="0", help="of weights and rows (default 0)")
     recall.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
