@@ -155,10 +155,11 @@ def _block_by_block(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None, newest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """All blocks of a storage at once, in parts of at most :data:`_SCORES` scores."""
-    q_RQE, at_RQ = _of_lanes(q_BTHE, position_BT, cache.kv_heads)
+    q_RQE = _of_lanes(q_BTHE, cache.kv_heads)
+    at_RQ = None if newest and window is None else _places(q_BTHE, position_BT, cache.kv_heads)
     step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
     partials = (
-        _partial(q_RQE, at_RQ, held, part, scoring, window, newest)
+        _partial(q_RQE, at_RQ, held, part, scoring, window)
         for held in cache.pool.held(cache.layout)
         for part in _parts(_visible(held, at_RQ, window), held.layout.capacity, min(step, held.store.step))
     )
@@ -172,16 +173,20 @@ def _by_search(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """The tokens that a search looks at."""
-    q_RQE, at_RQ = _of_lanes(q_BTHE, position_BT, cache.kv_heads)
+    q_RQE, at_RQ = _of_lanes(q_BTHE, cache.kv_heads), _places(q_BTHE, position_BT, cache.kv_heads)
     return _of_rows(*searched(q_RQE, at_RQ, cache, scoring, window), q_BTHE.shape[1], cache.kv_heads)
 
 
-def _of_lanes(q_BTHE: Tensor, position_BT: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Queries [R, Q, E] of every lane and their positions [R, Q]."""
+def _of_lanes(q_BTHE: Tensor, kv_heads: int) -> Tensor:
+    """Queries [R, Q, E] of every lane."""
     batch, tokens, heads, size = q_BTHE.shape
     q_BKGTE = q_BTHE.view(batch, tokens, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
-    at_RQ = position_BT.repeat_interleave(kv_heads, dim=0).repeat(1, heads // kv_heads)
-    return q_BKGTE.reshape(batch * kv_heads, -1, size), at_RQ
+    return q_BKGTE.reshape(batch * kv_heads, -1, size)
+
+
+def _places(q_BTHE: Tensor, position_BT: Tensor, kv_heads: int) -> Tensor:
+    """Positions [R, Q] of the queries of every lane."""
+    return position_BT.repeat_interleave(kv_heads, dim=0).repeat(1, q_BTHE.shape[2] // kv_heads)
 
 
 def _of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -192,10 +197,10 @@ def _of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tup
     return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3), lse_BKGT.permute(0, 3, 1, 2).flatten(2)
 
 
-def _visible(held: Held, at_RQ: Tensor, window: int | None) -> Tensor:
+def _visible(held: Held, at_RQ: Tensor | None, window: int | None) -> Tensor:
     """Ids of the blocks that hold anything a query may see."""
     layout, counts_N = held.layout, held.layout.counts()
-    if window is None or not len(counts_N):
+    if at_RQ is None or window is None or not len(counts_N):
         ids_n: Tensor = layout.once("filled", lambda: (counts_N > 0).nonzero()[:, 0])
         return ids_n
     position_NC = held.store.position_NC[: layout.capacity]
@@ -212,9 +217,9 @@ def _parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
 
 
 def _partial(
-    q_RQE: Tensor, at_RQ: Tensor, held: Held, part: Part, scoring: Scoring, window: int | None, newest: bool
+    q_RQE: Tensor, at_RQ: Tensor | None, held: Held, part: Part, scoring: Scoring, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks."""
+    """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks; without ``at_RQ`` the queries see all of them."""
     device, wide, layout = q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32), held.layout
     owner_N = layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device))
     owner_n = taken(owner_N, part, device)
@@ -223,7 +228,7 @@ def _partial(
     score_nCQ = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
     if scoring.softcap is not None:
         score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
-    _hide(score_nCQ, at_RQ, owner_n, held, part, window, newest)
+    _hide(score_nCQ, at_RQ, owner_n, held, part, window)
     weight_nCQ, top_RQ = _exponentials(score_nCQ, owner_n, len(q_RQE))
     total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
     out_RQE = _sums(weight_nCQ.to(v_nCE.dtype), v_nCE, owner_n, runs, len(q_RQE))
@@ -288,13 +293,11 @@ def _sums(weight_nCQ: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes:
     return sum_RQE
 
 
-def _hide(
-    score_nCQ: Tensor, at_RQ: Tensor, owner_n: Tensor, held: Held, part: Part, window: int | None, newest: bool
-) -> None:
+def _hide(score_nCQ: Tensor, at_RQ: Tensor | None, owner_n: Tensor, held: Held, part: Part, window: int | None) -> None:
     """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
     layout, block, device = held.layout, score_nCQ.shape[1], score_nCQ.device
-    if newest and window is None and isinstance(part, slice):
-        empty_p = layout.once(("unused", part.start, part.stop, device), lambda: _unused(layout, part).to(device))
+    if at_RQ is None:
+        empty_p = _unused(layout, part, device)
         score_nCQ.view(-1, score_nCQ.shape[2]).index_fill_(0, empty_p, float("-inf"))
         return
     counts_n = taken(layout.once(("counts", device), lambda: layout.counts().to(device)), part, device)
@@ -314,6 +317,12 @@ def _hide(
     score_nCQ[rows] = score_nCQ[rows].masked_fill_(hidden_rCQ, float("-inf"))
 
 
-def _unused(layout: BlockLayout, part: slice) -> Tensor:
+def _unused(layout: BlockLayout, part: Part, device: torch.device) -> Tensor:
     """Places without a token, by number among those of a part."""
-    return (torch.arange(layout.block) >= layout.counts()[part][:, None]).flatten().nonzero()[:, 0]
+
+    def find() -> Tensor:
+        places = torch.arange(layout.block) >= layout.counts()[part][:, None]
+        return places.flatten().nonzero()[:, 0].to(device)
+
+    found: Tensor = layout.once(("unused", part.start, part.stop, device), find) if isinstance(part, slice) else find()
+    return found
