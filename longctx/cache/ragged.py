@@ -37,21 +37,23 @@ class RaggedKV:
         origin: of keys that have moved, where they are rounded.
         short: tokens by which each row has seen fewer than ``seen``; empty: none (see SequenceContext).
         index: what the search keeps beside the tokens.
+        defers: see :meth:`deferring`.
     """
 
     __slots__ = (
-        "__weakref__", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen",
-        "settled", "short", "window",
+        "__weakref__", "defers", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation",
+        "seen", "settled", "short", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
         rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (), index: Any = None,
+        defers: bool = False,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window, self.short = pool, options, kv_heads, window, short
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
-        self.rotation, self.origin, self.index = rotation, origin, index
+        self.rotation, self.origin, self.index, self.defers = rotation, origin, index, defers
         if origin is None and options.moves and pool.rounds:
             self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
@@ -141,24 +143,63 @@ class RaggedKV:
         """Without the tokens from position ``before`` on: the roll-back of a speculation.
 
         Raises:
-            ValueError: tokens before it were evicted for the sake of those behind it.
+            ValueError: tokens before it were evicted for the sake of those behind it, or queries were let go that a
+                scorer would look at again (not where the tokens came while the cache was :meth:`deferring`).
             UnsupportedError: rows differ in length.
         """
         self._check_even("cut back")
+        queries_BHWE, back = self.queries_BHWE, max(self.seen - before, 0)
         if before < self.settled:
             raise ValueError(
                 f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
                 "go on from the cache of that time"
             )
+        if queries_BHWE is not None and back:
+            if not self.defers:
+                raise ValueError(
+                    "the cache let queries go that it would need again; make it deferring before tokens that may go"
+                )
+            queries_BHWE = queries_BHWE[:, :, : max(queries_BHWE.shape[2] - back, 0)]
         layout = self.layout
         held_NC = torch.arange(layout.block) < layout.counts()[:, None]
         stays_NC = held_NC & (self.pool.position_NC[: layout.capacity].cpu() < before)
         lengths_R = torch.zeros_like(self.lengths_R)
         lengths_R.index_add_(0, layout.owner_N.clamp_min(0), stays_NC.sum(1))
-        cache, search = self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen)), self.options.search
+        layout, search = layout.cut(lengths_R), self.options.search
+        cache = self._with(self.pool, layout, seen=self.seen - back, queries_BHWE=queries_BHWE)
         if search is not None:
             cache.index = search.cut(self.index, before)
         return cache
+
+    def deferring(self) -> "RaggedKV":
+        """The same, which from now on evicts nothing and lets no query go, so that what comes can be taken back."""
+        cache = self._with(self.pool, self.layout)
+        cache.defers = True
+        return cache
+
+    def resumed(self) -> "RaggedKV":
+        """What stays, once it is known which tokens do that came to a cache that was :meth:`deferring`."""
+        queries_BHWE, compression = self.queries_BHWE, self.options.compression
+        if queries_BHWE is not None and compression is not None:
+            queries_BHWE = queries_BHWE[:, :, -compression.scorer.queries :]
+        cache = self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)
+        cache.defers = False
+        return cache._due()
+
+    def room(self, most: int) -> int:
+        """How many of the next tokens, up to ``most``, may come at once: a compression is due behind the last at most.
+
+        Ranks that share the cache ask together.
+        """
+        compression = self.options.compression
+        if compression is None:
+            return most
+        ranks, policy = Ranks(self.seen, self.options.ranks, self.options.ledger), compression.policy
+        longest = int(ranks.total(self.lengths_R).max())
+        for new in range(max(policy.every - (self.seen - self.settled), 1), most):
+            if longest + new > policy.budget(self.seen + new, compression.layer):
+                return new
+        return most
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -233,7 +274,7 @@ class RaggedKV:
         """
         compression = self.options.compression
         if compression is None:
-            cache = self._within_window()
+            cache = self._due()
             if self.options.search is not None:
                 cache = cache._with(cache.pool, cache.layout)
                 cache.index = self.options.search.indexed(cache)
@@ -246,7 +287,8 @@ class RaggedKV:
                     "many layers; use a scorer of keys alone"
                 )
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
-            queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
+            queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)
+            queries_BHWE = queries_BHWE if self.defers else queries_BHWE[:, :, -wanted:]
         if self.branch is not None:
             if q_BTHE is None:
                 raise UnsupportedError(
@@ -257,9 +299,13 @@ class RaggedKV:
         return self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)._due()
 
     def _due(self) -> "RaggedKV":
+        """What stays now."""
         compression = self.options.compression
-        enough = compression is not None and self.seen - self.settled >= compression.policy.every
-        return self.compressed() if enough else self
+        if self.defers:
+            return self
+        if compression is None:
+            return self._within_window()
+        return self.compressed() if self.seen - self.settled >= compression.policy.every else self
 
     def compressed(self) -> "RaggedKV":
         """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
@@ -311,7 +357,7 @@ class RaggedKV:
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
-            self.origin if origin is None else origin, self.short, self.index,
+            self.origin if origin is None else origin, self.short, self.index, self.defers,
         )  # fmt: skip
 
     def _check_even(self, what: str) -> None:
