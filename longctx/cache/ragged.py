@@ -6,6 +6,7 @@ appends writes behind what all others see, or, where another cache has other tok
 Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T new tokens, E head dim.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,22 +39,23 @@ class RaggedKV:
         short: tokens by which each row has seen fewer than ``seen``; empty: none (see SequenceContext).
         index: what the search keeps beside the tokens.
         defers: see :meth:`deferring`.
+        since: tokens that had been seen when the policy evicted some last, which it counts from.
     """
 
     __slots__ = (
         "__weakref__", "defers", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation",
-        "seen", "settled", "short", "window",
+        "seen", "settled", "short", "since", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
         rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (), index: Any = None,
-        defers: bool = False,
+        defers: bool = False, since: int = 0,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window, self.short = pool, options, kv_heads, window, short
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
-        self.rotation, self.origin, self.index, self.defers = rotation, origin, index, defers
+        self.rotation, self.origin, self.index, self.defers, self.since = rotation, origin, index, defers, since
         if origin is None and options.moves and pool.rounds:
             self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
@@ -196,8 +198,9 @@ class RaggedKV:
             return most
         ranks, policy = Ranks(self.seen, self.options.ranks, self.options.ledger), compression.policy
         longest = int(ranks.total(self.lengths_R).max())
-        for new in range(max(policy.every - (self.seen - self.settled), 1), most):
-            if longest + new > policy.budget(self.seen + new, compression.layer):
+        most_seen = math.inf if self.window is None else self.window - 1
+        for new in range(max(policy.every - (self.seen - self.since), 1), most):
+            if min(longest + new, most_seen) > policy.budget(self.seen + new, compression.layer):
                 return new
         return most
 
@@ -226,7 +229,7 @@ class RaggedKV:
         frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
         origin = None if self.origin is None else tuple(self.origin)
         stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, pool.none_E)
-        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin
+        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin, self.since
 
     @classmethod
     def from_parts(cls, parts: tuple[Any, ...], options: CacheOptions) -> "RaggedKV":
@@ -236,10 +239,10 @@ class RaggedKV:
             UnsupportedError: they count positions otherwise than tokens were evicted by.
         """
         block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
-        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin = stored
+        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin, since = stored
         rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
         options = replace(options, block=block, bits=bits, group=group).bound(rotation)
-        if settled and None not in (moves, options.compression) and moves != options.moves:
+        if since and None not in (moves, options.compression) and moves != options.moves:
             counted = "cache" if moves else "text"
             raise UnsupportedError(
                 f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
@@ -252,7 +255,9 @@ class RaggedKV:
             pool.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
             pool.worth_NC = pool.worth_NC.to(pool.device)
         layout = BlockLayout(block, *(t.cpu() for t in places))
-        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin)
+        return cls(
+            pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin, since=since
+        )  # fmt: skip
 
     def lane(self, lane: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied together."""
@@ -303,26 +308,33 @@ class RaggedKV:
         compression = self.options.compression
         if self.defers:
             return self
-        if compression is None:
-            return self._within_window()
-        return self.compressed() if self.seen - self.settled >= compression.policy.every else self
+        enough = compression is not None and self.seen - self.since >= compression.policy.every
+        return (self.compressed() if enough else self)._within_window()
 
     def compressed(self) -> "RaggedKV":
-        """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
+        """Down to what the compression, if there is one, lets stay of the tokens seen so far.
+
+        It chooses among tokens that a later query sees; where it evicts any, those behind the window go, too.
+        """
         compression = self.options.compression
-        if compression is None or self.settled == self.seen:
+        if compression is None or self.since == self.seen:
             return self
         self._check_even("compressed")
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
-        tokens = [self.lane(lane) for lane in range(len(self.lengths_R))]
-        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths())
+        tokens, worths = [self.lane(lane) for lane in range(len(self.lengths_R))], self._worths()
+        positions = [position for _, _, position in tokens]
+        visible = self._visible(positions)
+        if self.window is not None:
+            tokens = [(k[n], v[n], p[n]) for (k, v, p), n in zip(tokens, visible, strict=True)]
+            worths = None if worths is None else [w[n] for w, n in zip(worths, visible, strict=True)]
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, worths)
         if masks is None:
             return self
-        cache, origin = self.kept(masks), self.origin
-        if self.options.moves and self.rotation is not None:
-            by = evicted_behind([position for _, _, position in tokens], masks, ranks)
-            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, masks, origin)
-        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE, origin=origin)
+        masks = [n.cpu().masked_scatter(n.cpu(), mask) for n, mask in zip(visible, masks, strict=True)]
+        by = evicted_behind(positions, masks, ranks) if self.options.moves else None
+        cache = self._of_its_own(masks, by)
+        cache.since = self.seen
+        return cache
 
     def _worths(self) -> list[Tensor] | None:
         """Of every lane's tokens, where they are told."""
@@ -344,10 +356,30 @@ class RaggedKV:
         """Without the tokens that no later query sees, once they are a quarter of the window."""
         if self.window is None or self.seen - max(self.settled, self.window) < max(self.window // 4, 1):
             return self
+        return self._of_its_own(self._visible([self.lane(lane)[2] for lane in range(len(self.lengths_R))]))
+
+    def _visible(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Which tokens of every lane a later query sees, as masks.
+
+        Windows are of the text, also where a policy counts positions in the cache.
+        """
+        if self.window is None:
+            return [torch.ones_like(position_n, dtype=torch.bool) for position_n in positions]
         oldest_B = [self.seen - self.window + 1 - short for short in self.short or (0,) * self.batch]
-        lanes = range(len(self.lengths_R))
-        cache = self.kept([self.lane(lane)[2].cpu() >= oldest_B[lane // self.kv_heads] for lane in lanes])
-        return cache._with(cache.pool, cache.layout, settled=self.seen)
+        return [position_n >= oldest_B[lane // self.kv_heads] for lane, position_n in enumerate(positions)]
+
+    def _of_its_own(self, kept_R: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> "RaggedKV":
+        """With these tokens alone, which do not go back to more.
+
+        Args:
+            by: positions by which each moves forward; None: none moves, as what goes is before all that stays.
+        """
+        kept_R = [mask_n.cpu() for mask_n in kept_R]
+        cache, origin = self.kept(kept_R), self.origin
+        if self.rotation is not None and (by is not None or origin is not None):
+            by = by or [torch.zeros(int(mask_n.sum()), dtype=torch.int64) for mask_n in kept_R]
+            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, kept_R, origin)
+        return cache._with(cache.pool, cache.layout, settled=self.seen, origin=origin)
 
     def _with(
         self, pool: Pool, layout: BlockLayout, *, seen: int | None = None, settled: int | None = None,
@@ -357,7 +389,7 @@ class RaggedKV:
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
-            self.origin if origin is None else origin, self.short, self.index, self.defers,
+            self.origin if origin is None else origin, self.short, self.index, self.defers, self.since,
         )  # fmt: skip
 
     def _check_even(self, what: str) -> None:

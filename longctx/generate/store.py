@@ -23,7 +23,7 @@ from longctx.mixers import MIXERS
 from longctx.model.attach_cache import Unfilled
 from longctx.sequence.context import SequenceContext
 
-_FORMAT = "longctx decode state 1"
+_FORMAT = "longctx decode state 2"
 
 
 def save_decoded(decoded: Decoded, model: LanguageModel, path: Path) -> None:
