@@ -4,6 +4,9 @@ The budget of a layer is shared by its kv heads equally or, ``adaptive``, goes t
 row (Feng et al., arXiv 2407.11550), each head keeping at least a ``floor`` of its equal share. What stays is chosen
 exactly (:mod:`longctx.cache.select`), on any number of ranks alike. A budget of all that a cache holds changes nothing.
 
+In a layer with a sliding window tokens go once they are behind it, where no later query sees them. They count in no
+budget, are not scored, and sinks among them do not stay; the policy chooses among what is left.
+
 Legend: B batch, K kv heads, R = B x K lanes, H query heads, W last queries, E head dim, n tokens of all lanes.
 """
 

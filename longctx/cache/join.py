@@ -61,7 +61,8 @@ def picked(cache: RaggedKV, rows: Sequence[int]) -> RaggedKV:
     short = tuple(cache.short[row] for row in rows) if cache.short else ()
     queries = None if cache.queries_BHWE is None else cache.queries_BHWE[list(rows)]
     return RaggedKV(
-        pool, cache.options, heads, fewer, cache.seen, cache.window, cache.settled, queries, cache.rotation, short=short
+        pool, cache.options, heads, fewer, cache.seen, cache.window, cache.settled, queries, cache.rotation,
+        short=short, since=cache.since,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ appends writes behind what all others see, or, where another cache has other tok
 Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T new tokens, E head dim.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,21 +40,24 @@ class RaggedKV:
         origin: of keys that have moved, where they are rounded.
         short: tokens by which each row has seen fewer than ``seen``; empty: none (see SequenceContext).
         index: what the search keeps beside the tokens.
+        defers: see :meth:`deferring`.
+        since: tokens that had been seen when the policy evicted some last, which it counts from.
     """
 
     __slots__ = (
-        "__weakref__", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation", "seen",
-        "settled", "short", "window",
+        "__weakref__", "defers", "index", "kv_heads", "layout", "options", "origin", "pool", "queries_BHWE", "rotation",
+        "seen", "settled", "short", "since", "window",
     )  # fmt: skip
 
     def __init__(
         self, pool: Pool, options: CacheOptions, kv_heads: int, layout: BlockLayout, seen: int = 0,
         window: int | None = None, settled: int = 0, queries_BHWE: Tensor | None = None,
         rotation: Rotation | None = None, origin: Origin | None = None, short: tuple[int, ...] = (), index: Any = None,
+        defers: bool = False, since: int = 0,
     ) -> None:  # fmt: skip
         self.pool, self.options, self.kv_heads, self.window, self.short = pool, options, kv_heads, window, short
         self.layout, self.seen, self.settled, self.queries_BHWE = layout, seen, settled, queries_BHWE
-        self.rotation, self.origin, self.index = rotation, origin, index
+        self.rotation, self.origin, self.index, self.defers, self.since = rotation, origin, index, defers, since
         if origin is None and options.moves and pool.rounds:
             self.origin = Origin.empty(pool, layout.lanes)
         pool.users.add(self)
@@ -141,25 +145,65 @@ class RaggedKV:
         """Without the tokens from position ``before`` on: the roll-back of a speculation.
 
         Raises:
-            ValueError: tokens before it were evicted for the sake of those behind it.
+            ValueError: tokens before it were evicted for the sake of those behind it, or queries were let go that a
+                scorer would look at again (not where the tokens came while the cache was :meth:`deferring`).
             UnsupportedError: rows differ in length.
         """
         self._check_even("cut back")
+        queries_BHWE, back = self.queries_BHWE, max(self.seen - before, 0)
         if before < self.settled:
             raise ValueError(
                 f"the cache evicted tokens when it had seen {self.settled}: it cannot go back to {before}; "
                 "go on from the cache of that time"
             )
+        if queries_BHWE is not None and back:
+            if not self.defers:
+                raise ValueError(
+                    "the cache let queries go that it would need again; make it deferring before tokens that may go"
+                )
+            queries_BHWE = queries_BHWE[:, :, : max(queries_BHWE.shape[2] - back, 0)]
         layout, ids = self.layout, self.layout.held
         # No lane has more tokens behind than were seen since.
         ids = ids[layout.behind()[ids] < self.seen - before]
         held_nC = torch.arange(layout.block) < layout.counts()[ids][:, None]
         goes_nC = held_nC & (self.pool.positions(ids, torch.device("cpu")) >= before)
         lengths_R = self.lengths_R.index_add(0, layout.owner_N[ids], goes_nC.sum(1), alpha=-1)
-        cache, search = self._with(self.pool, layout.cut(lengths_R), seen=min(before, self.seen)), self.options.search
+        layout, search = layout.cut(lengths_R), self.options.search
+        cache = self._with(self.pool, layout, seen=self.seen - back, queries_BHWE=queries_BHWE)
         if search is not None:
             cache.index = search.cut(self.index, before)
         return cache
+
+    def deferring(self) -> "RaggedKV":
+        """The same, which from now on evicts nothing and lets no query go, so that what comes can be taken back."""
+        cache = self._with(self.pool, self.layout)
+        cache.defers = True
+        return cache
+
+    def resumed(self) -> "RaggedKV":
+        """What stays, once it is known which tokens do that came to a cache that was :meth:`deferring`."""
+        queries_BHWE, compression = self.queries_BHWE, self.options.compression
+        if queries_BHWE is not None and compression is not None:
+            queries_BHWE = queries_BHWE[:, :, -compression.scorer.queries :]
+        cache = self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)
+        cache.defers = False
+        return cache._due()
+
+    def room(self, most: int) -> int:
+        """How many of the next tokens, up to ``most``, may come at once: a compression is due behind the last at most.
+
+        Ranks that share the cache ask together.
+        """
+        compression = self.options.compression
+        if compression is None:
+            return most
+        ranks, policy = Ranks(self.seen, self.options.ranks, self.options.ledger), compression.policy
+        longest = int(ranks.total(self.lengths_R).max())
+        most_seen = math.inf if self.window is None else self.window - 1
+        for new in range(max(policy.every - (self.seen - self.since), 1), most):
+            if min(longest + new, most_seen) > policy.budget(self.seen + new, compression.layer):
+                return new
+        return most
 
     def kept(self, kept_R: Sequence[Tensor]) -> "RaggedKV":
         """With these tokens alone (per lane a mask over its tokens in order), in blocks of its own."""
@@ -186,7 +230,7 @@ class RaggedKV:
         frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
         origin = None if self.origin is None else tuple(self.origin)
         stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, self.pool.none_E)
-        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin
+        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin, self.since
 
     @classmethod
     def from_parts(
@@ -201,10 +245,10 @@ class RaggedKV:
             UnsupportedError: they count positions otherwise than tokens were evicted by.
         """
         block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
-        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin = stored
+        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin, since = stored
         rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
         options = replace(options, block=block, bits=bits, group=group).bound(rotation)
-        if settled and None not in (moves, options.compression) and moves != options.moves:
+        if since and None not in (moves, options.compression) and moves != options.moves:
             counted = "cache" if moves else "text"
             raise UnsupportedError(
                 f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
@@ -223,7 +267,9 @@ class RaggedKV:
             pool.reserve(layout)
             pool.absorb(plain, (layout.held,), (layout.held,))
         queries_BHWE = None if queries_BHWE is None else queries_BHWE.to(device)
-        return cls(pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin)
+        return cls(
+            pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin, since=since
+        )  # fmt: skip
 
     def lane(self, lane: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied to ``device`` or that of the pool."""
@@ -251,7 +297,7 @@ class RaggedKV:
         """
         compression = self.options.compression
         if compression is None:
-            cache = self._within_window()
+            cache = self._due()
             if self.options.search is not None:
                 cache = cache._with(cache.pool, cache.layout)
                 cache.index = self.options.search.indexed(cache)
@@ -264,7 +310,8 @@ class RaggedKV:
                     "many layers; use a scorer of keys alone"
                 )
             known = [] if self.queries_BHWE is None else [self.queries_BHWE]
-            queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)[:, :, -wanted:]
+            queries_BHWE = torch.cat([*known, q_BTHE.transpose(1, 2)], dim=2)
+            queries_BHWE = queries_BHWE if self.defers else queries_BHWE[:, :, -wanted:]
         if self.branch is not None:
             if q_BTHE is None:
                 raise UnsupportedError(
@@ -275,27 +322,37 @@ class RaggedKV:
         return self._with(self.pool, self.layout, queries_BHWE=queries_BHWE)._due()
 
     def _due(self) -> "RaggedKV":
+        """What stays now."""
         compression = self.options.compression
-        enough = compression is not None and self.seen - self.settled >= compression.policy.every
-        return self.compressed() if enough else self
+        if self.defers:
+            return self
+        enough = compression is not None and self.seen - self.since >= compression.policy.every
+        return (self.compressed() if enough else self)._within_window()
 
     def compressed(self) -> "RaggedKV":
-        """Down to what the compression, if there is one, lets stay of the tokens seen so far."""
+        """Down to what the compression, if there is one, lets stay of the tokens seen so far.
+
+        It chooses among tokens that a later query sees; where it evicts any, those behind the window go, too.
+        """
         compression = self.options.compression
-        if compression is None or self.settled == self.seen:
+        if compression is None or self.since == self.seen:
             return self
         self._check_even("compressed")
         ranks = Ranks(self.seen, self.options.ranks, self.options.ledger)
-        device = self.pool.device
-        tokens = [self.lane(lane, self.pool.lane_device) for lane in range(len(self.lengths_R))]
-        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, self._worths(), device)
+        tokens, worths = [self.lane(lane, self.pool.lane_device) for lane in range(len(self.lengths_R))], self._worths()
+        device, positions = self.pool.device, [position for _, _, position in tokens]
+        visible = self._visible(positions)
+        if self.window is not None:
+            tokens = [(k[n], v[n], p[n]) for (k, v, p), n in zip(tokens, visible, strict=True)]
+            worths = None if worths is None else [w[n] for w, n in zip(worths, visible, strict=True)]
+        masks = kept_tokens(tokens, self.kv_heads, self.queries_BHWE, compression, ranks, worths, device)
         if masks is None:
             return self
-        cache, origin = self.kept(masks), self.origin
-        if self.options.moves and self.rotation is not None:
-            by = evicted_behind([position for _, _, position in tokens], masks, ranks)
-            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, masks, origin)
-        return cache._with(cache.pool, cache.layout, settled=self.seen, queries_BHWE=self.queries_BHWE, origin=origin)
+        masks = [n.cpu().masked_scatter(n.cpu(), mask) for n, mask in zip(visible, masks, strict=True)]
+        by = evicted_behind(positions, masks, ranks) if self.options.moves else None
+        cache = self._of_its_own(masks, by)
+        cache.since = self.seen
+        return cache
 
     def _worths(self) -> list[Tensor] | None:
         """Of every lane's tokens, where they are told."""
@@ -316,10 +373,30 @@ class RaggedKV:
         """Without the tokens that no later query sees, once they are a quarter of the window."""
         if self.window is None or self.seen - max(self.settled, self.window) < max(self.window // 4, 1):
             return self
+        return self._of_its_own(self._visible([lane_positions(self, lane) for lane in range(len(self.lengths_R))]))
+
+    def _visible(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Which tokens of every lane a later query sees, as masks.
+
+        Windows are of the text, also where a policy counts positions in the cache.
+        """
+        if self.window is None:
+            return [torch.ones_like(position_n, dtype=torch.bool) for position_n in positions]
         oldest_B = [self.seen - self.window + 1 - short for short in self.short or (0,) * self.batch]
-        lanes = range(len(self.lengths_R))
-        cache = self.kept([lane_positions(self, lane).cpu() >= oldest_B[lane // self.kv_heads] for lane in lanes])
-        return cache._with(cache.pool, cache.layout, settled=self.seen)
+        return [position_n >= oldest_B[lane // self.kv_heads] for lane, position_n in enumerate(positions)]
+
+    def _of_its_own(self, kept_R: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> "RaggedKV":
+        """With these tokens alone, which do not go back to more.
+
+        Args:
+            by: positions by which each moves forward; None: none moves, as what goes is before all that stays.
+        """
+        kept_R = [mask_n.cpu() for mask_n in kept_R]
+        cache, origin = self.kept(kept_R), self.origin
+        if self.rotation is not None and (by is not None or origin is not None):
+            by = by or [torch.zeros(int(mask_n.sum()), dtype=torch.int64) for mask_n in kept_R]
+            origin = close_gaps(cache.pool, cache.layout, self.rotation, by, kept_R, origin)
+        return cache._with(cache.pool, cache.layout, settled=self.seen, origin=origin)
 
     def _with(
         self, pool: Pool, layout: BlockLayout, *, seen: int | None = None, settled: int | None = None,
@@ -329,7 +406,7 @@ class RaggedKV:
             pool, self.options, self.kv_heads, layout, self.seen if seen is None else seen, self.window,
             self.settled if settled is None else settled,
             self.queries_BHWE if queries_BHWE is None else queries_BHWE, self.rotation,
-            self.origin if origin is None else origin, self.short, self.index,
+            self.origin if origin is None else origin, self.short, self.index, self.defers, self.since,
         )  # fmt: skip
 
     def _check_even(self, what: str) -> None:

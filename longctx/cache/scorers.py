@@ -176,8 +176,9 @@ def attention_weights(keys_BKTE: Tensor, queries_BHWE: Tensor, positions_BKT: Te
 
 
 def shares(logits: Tensor, ranks: Ranks) -> Tensor:
-    """Softmax over the last dimension, the tokens of all ranks, in fp64; NaN where all of them are -inf."""
+    """Softmax over the last dimension, the tokens of all ranks, in fp64; 0 where all of them are -inf."""
     none = logits.new_full((*logits.shape[:-1], 1), float("-inf"))
     top = ranks.highest(torch.cat((logits, none), dim=-1).amax(-1)).clamp_min(torch.finfo(torch.float64).min / 2)
     weights = torch.exp(logits - top[..., None])
-    return weights / ranks.total(weights.sum(-1))[..., None]
+    total = ranks.total(weights.sum(-1))[..., None]
+    return weights / total.where(total > 0, 1.0)

@@ -122,12 +122,12 @@ def _checked(args: argparse.Namespace, world: int) -> list[str]:
         raise ConfigError(f"{world} processes cannot share stdin; give the prompt by --prompt or --file")
     whole_number("--max-tokens", args.max_tokens)
     whole_number("--chunk", args.chunk)
-    cache = _cache(args, None, search_of(args, None))
+    _cache(args, None, search_of(args, None))
     if args.speculate != "none":
         from longctx.generate.text import check_speculation
 
         try:
-            check_speculation(Sampling(args.temperature, args.top_p, args.seed), cache)
+            check_speculation(Sampling(args.temperature, args.top_p, args.seed))
         except ConfigError as error:
             raise ConfigError(f"--speculate {args.speculate}: {error}") from None
     _windowing(args)

@@ -3,25 +3,29 @@
 A pass runs the last token and the proposals behind it. Those that the model itself would have written stay, with one
 more token that it says behind them (Stern et al., arXiv 1811.03115, exact acceptance). Then the state goes back: caches
 of keys and values are cut, and where there are other states the tokens that stay run once more from the state before.
+
+Under a compression the caches keep the tokens that plain decoding keeps: a pass ends where the first of them is due to
+be compressed (with a policy's ``every=1`` it is of one token, once there is anything to evict), and nothing is evicted
+before it is known which of its tokens stay. A pass also ends where the rotation of the model changes with the length.
 Exact up to rounding: where the model finds two tokens equally likely to the last bit, a pass over several may choose
 otherwise than one over one.
 
 Legend: B = 1 sequence, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longctx.cache.options import CacheOptions
-from longctx.cache.ragged import RaggedKV, all_compressed
+from longctx.cache.ragged import RaggedKV
 from longctx.cache.sinks import with_sinks
-from longctx.errors import ConfigError, DataError
-from longctx.generate.decode import Decoded, LanguageModel, advance
+from longctx.errors import ConfigError
+from longctx.generate.decode import Decoded, LanguageModel, advance, prefilled
 from longctx.model.proposals import ProposingDecoder
 from longctx.sequence.context import SequenceContext
 
@@ -121,29 +125,65 @@ def speculate_ids(
     Raises:
         DataError: the prompt is empty.
     """
-    if not prompt:
-        raise DataError("the prompt is empty; give at least one token to continue")
-    device, ids, done = model.head.weight.device, with_sinks(prompt, model.config), None
-    for part in torch.split(torch.tensor([ids], device=device), chunk or len(ids), dim=1):
-        hidden_1TD, done = advance(model, part, done, last_only=True, cache=cache or CacheOptions())
-    assert done is not None
-    done, left = done._replace(state=all_compressed(done.state)), max_tokens
-    hidden_D = hidden_1TD[0, -1]
-    run = [_greedy(model, hidden_1TD)[-1]]
+    cache, ids, left = cache or CacheOptions(), with_sinks(prompt, model.config), max_tokens
+    hidden_1TD, done = prefilled(model, [prompt], cache, chunk)
+    hidden_D, run = hidden_1TD[0, -1], _greedy(model, hidden_1TD)
     while left > 0:
         run = run[:left]
         yield run
         ids, left = ids + run, left - len(run)
-        if left == 0:
-            return
-        proposals = list(proposer.propose(ids, hidden_D))[: left - 1]
-        new = torch.tensor([[ids[-1], *proposals]], device=device)
-        hidden_1TD, after = advance(model, new, done)
-        said = _greedy(model, hidden_1TD)
-        accepted = next((i for i, token in enumerate(proposals) if token != said[i]), len(proposals))
-        hidden_D = hidden_1TD[0, accepted]
-        run = said[: accepted + 1]
-        done = after if accepted == len(proposals) else _back(model, done, after, new[:, : accepted + 1])
+        if left > 0:
+            proposals = list(proposer.propose(ids, hidden_D))[: left - 1]
+            run, hidden_D, done = verified(model, done, ids[-1], proposals, cache)
+
+
+class Verified(NamedTuple):
+    """What a pass adds.
+
+    Args:
+        run: the proposals that are right, and one token more.
+        hidden_D: last hidden state of the token before that one.
+        done: with all of them but that one.
+    """
+
+    run: list[int]
+    hidden_D: Tensor
+    done: Decoded
+
+
+@torch.no_grad()
+def verified(
+    model: LanguageModel, done: Decoded, token: int, proposals: Sequence[int], cache: CacheOptions
+) -> Verified:
+    """One pass over the token that comes next and as many of the proposals behind it as may run at once.
+
+    Args:
+        cache: how keys and values of ``done`` are stored.
+    """
+    proposals = proposals[: _room(model, done, 1 + len(proposals)) - 1]
+    new_1T = torch.tensor([[token, *proposals]], device=model.head.weight.device)
+    hidden_1TD, after = advance(model, new_1T, _with_caches(done, RaggedKV.deferring), cache=cache)
+    said = _greedy(model, hidden_1TD)
+    accepted = next((i for i, proposal in enumerate(proposals) if proposal != said[i]), len(proposals))
+    if accepted < len(proposals):
+        after = _back(model, done, after, new_1T[:, : accepted + 1], cache)
+    return Verified(said[: accepted + 1], hidden_1TD[0, accepted], _with_caches(after, RaggedKV.resumed))
+
+
+def _room(model: LanguageModel, done: Decoded, most: int) -> int:
+    """How many tokens may run at once and give what one after the other gives."""
+    past = done.context.length
+    while most > 1 and not model.state_survives(past, past + most):
+        most -= 1
+    for leaf in tree_leaves(done.state):
+        if most > 1 and isinstance(leaf, RaggedKV):
+            most = leaf.room(most)
+    return most
+
+
+def _with_caches(done: Decoded, change: Callable[[RaggedKV], RaggedKV]) -> Decoded:
+    state = tree_map(lambda leaf: change(leaf) if isinstance(leaf, RaggedKV) else leaf, done.state)
+    return done._replace(state=state)
 
 
 def _greedy(model: LanguageModel, hidden_1TD: Tensor) -> list[int]:
@@ -151,10 +191,10 @@ def _greedy(model: LanguageModel, hidden_1TD: Tensor) -> list[int]:
     return found
 
 
-def _back(model: LanguageModel, before: Decoded, after: Decoded, kept_1T: Tensor) -> Decoded:
+def _back(model: LanguageModel, before: Decoded, after: Decoded, kept_1T: Tensor, cache: CacheOptions) -> Decoded:
     """The sequence with ``kept_1T`` behind ``before``, of the more that ``after`` has run."""
     length = before.tokens_BS.shape[1] + kept_1T.shape[1]
     if not all(isinstance(leaf, RaggedKV) and leaf.settled <= length for leaf in tree_leaves(after.state)):
-        return advance(model, kept_1T, before)[1]
-    state = tree_map(lambda cache: cache.truncated(length), after.state)
+        return advance(model, kept_1T, before, cache=cache)[1]
+    state = tree_map(lambda leaf: leaf.truncated(length), after.state)
     return Decoded(after.tokens_BS[:, :length], SequenceContext.single(1, length), state)

@@ -6,6 +6,7 @@ section that made them. Nothing in it is executed: types are looked up by name a
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from longctx.cache.bases import fingerprint
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
-from longctx.cache.sinks import protecting
 from longctx.errors import DataError, UnsupportedError
 from longctx.generate.decode import Decoded, LanguageModel
 from longctx.mixers import MIXERS
+from longctx.model.attach_cache import Unfilled
 from longctx.sequence.context import SequenceContext
 
-_FORMAT = "longctx decode state 1"
+_FORMAT = "longctx decode state 2"
 
 
 def save_decoded(decoded: Decoded, model: LanguageModel, path: Path) -> None:
@@ -46,17 +47,20 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
     """Read what :func:`save_decoded` wrote, to be continued by ``model`` on its device.
 
     Args:
-        cache: compression and offload of what is to come; storage is as it was.
+        cache: compression, each layer's as in a state that the model begins, and offload of what is to come; storage
+            is as it was.
 
     Raises:
         DataError: the file is none of ours, damaged, or of another model.
-        UnsupportedError: the cache is to be spread over ranks, or searched by what stores keys otherwise.
+        UnsupportedError: the cache is to be spread over ranks, or searched by what stores keys otherwise; the model, or
+            this state, keeps no keys and values that could be compressed or searched.
+        ConfigError: the policy does not fit the model's layers.
     """
-    if cache is not None and cache.ranks is not None:
+    cache = cache or CacheOptions()
+    if cache.ranks is not None:
         raise UnsupportedError("a decode state on disk is of one rank; load it without ranks")
-    if cache is not None:
-        _check_search(cache)
-    cache = protecting(cache or CacheOptions(), model.config)
+    _check_search(cache)
+    plain = replace(cache, block=CacheOptions.block, bits=None, group=CacheOptions.group)
     device = model.head.weight.device
     # What is to lie on the host for the most part does not fit the device as a whole.
     first = device if cache.offload is None else torch.device("cpu")
@@ -70,7 +74,7 @@ def load_decoded(path: Path, model: LanguageModel, cache: CacheOptions | None = 
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         tokens = tensors.pop("tokens").to(device)
-        state = _put_together(json.loads(header["state"]), tensors, cache, device)
+        state = _put_together(json.loads(header["state"]), tensors, model.empty_state(len(tokens), plain), device)
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read the decode state {path}: {error}") from None
     except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -105,16 +109,31 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise UnsupportedError(f"a decode state of {type(value).__name__} cannot be saved")
 
 
-def _put_together(shape: Any, tensors: dict[str, Tensor], cache: CacheOptions, device: torch.device | None) -> Any:
-    """The state on a device; None: where its tensors are."""
+def _put_together(shape: Any, tensors: dict[str, Tensor], empty: Any, device: torch.device | None) -> Any:
+    """The state of a shape.
+
+    Args:
+        empty: what the model has in its place before the first token: its caches know the options of their layer.
+        device: where it is to be; None: where its tensors are.
+    """
     kind = shape["is"]
+    has_cache = isinstance(empty, RaggedKV | Unfilled)
+    if kind == "cache":
+        if not has_cache:
+            raise ValueError("a cache where the model has none")
+        return RaggedKV.from_parts(_put_together(shape["parts"], tensors, None, None), empty.options, device)
+    if has_cache and not (empty.options.compression is None and empty.options.search is None):
+        raise UnsupportedError(
+            "this decode state holds keys and values outside of caches, which nothing can compress or search; load it "
+            "without, or run the prompt again"
+        )
     if kind == "value":
         return shape["value"]
     if kind == "tensor":
         return tensors[shape["name"]].to(device)
-    if kind == "cache":
-        return RaggedKV.from_parts(_put_together(shape["parts"], tensors, cache, None), cache, device)
-    parts = [_put_together(part, tensors, cache, device) for part in shape["parts"]]
+    # A recurrence begins its segments without a state: nothing inside of them is a cache.
+    inside = empty if isinstance(empty, tuple) and len(empty) == len(shape["parts"]) else [None] * len(shape["parts"])
+    parts = [_put_together(part, tensors, own, device) for part, own in zip(shape["parts"], inside, strict=True)]
     return tuple(parts) if shape["name"] is None else _named_tuples()[shape["name"]](*parts)
 
 

@@ -35,7 +35,7 @@ def stream_text(
 
     Raises:
         DataError: the prompt is empty.
-        ConfigError: a stop string is empty, or a proposer is to speed up sampling or a compressed cache.
+        ConfigError: a stop string is empty, or a proposer is to speed up sampling.
     """
     ids = tokenizer.encode(prompt)
     if not ids:
@@ -46,7 +46,7 @@ def stream_text(
         rows = decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before)
         tokens = (row[0] for row in rows)
     else:
-        check_speculation(sampling or Sampling(), cache)
+        check_speculation(sampling or Sampling())
         tokens = (token for run in speculate_ids(model, ids, max_tokens, proposer, cache, chunk) for token in run)
     for token in tokens:
         if token == tokenizer.eos_id:
@@ -61,21 +61,16 @@ def stream_text(
         yield piece
 
 
-def check_speculation(sampling: Sampling, cache: CacheOptions) -> None:
+def check_speculation(sampling: Sampling) -> None:
     """Refuse what a pass over several tokens would not reproduce.
 
     Raises:
-        ConfigError: tokens are drawn, or a compression decides by how many tokens were seen at once what it evicts.
+        ConfigError: tokens are drawn.
     """
     if sampling.temperature:
         raise ConfigError(
             f"speculation reproduces greedy decoding, not draws at temperature {sampling.temperature}; use "
             "temperature 0 or no speculation"
-        )
-    if cache.compression is not None:
-        raise ConfigError(
-            "speculation and a compressed cache do not go together: what is evicted depends on how many tokens run at "
-            "once; keep everything or use no speculation"
         )
 
 

@@ -32,7 +32,7 @@ NAME = "longctx"
 
 
 class Unfilled(NamedTuple):
-    """The cache of a layer before its first token, which brings heads, sizes and dtype."""
+    """The cache of a layer before its first token, which brings heads, sizes and dtype; options are its layer's."""
 
     options: CacheOptions
     rotation: Rotation | None = None
@@ -43,16 +43,18 @@ def unfilled(model: nn.Module, options: CacheOptions) -> tuple[Unfilled, ...]:
 
     Raises:
         UnsupportedError: it must be known, and is not.
+        ConfigError: the policy has shares for another number of layers.
     """
     config: Any = model.config
     compression = options.compression
     layers: int = config.get_text_config(decoder=True).num_hidden_layers
+    own = [options.for_layer(layer, layers) for layer in range(layers)]
     if compression is None or not compression.rotates:
-        return (Unfilled(options),) * layers
+        return tuple(map(Unfilled, own))
     rotations = find_rotations(model)
     for rotation in rotations:
         compression.bound(rotation)
-    return tuple(Unfilled(options, rotation) for rotation in rotations)
+    return tuple(map(Unfilled, own, rotations))
 
 
 class LayerCaches:
@@ -85,8 +87,7 @@ class LayerCaches:
         state = self.states[layer]
         if isinstance(state, Unfilled):
             batch, _, kv_heads, size = k_BTKE.shape
-            options = state.options.for_layer(layer, len(self.states))
-            state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, options, window, state.rotation)
+            state = RaggedKV.empty(batch, kv_heads, size, k_BTKE, state.options, window, state.rotation)
         q_BCHE, k_BCKE, v_BCKE, whole = whole_chunk(q_BTHE, k_BTKE, v_BTKE, context)
         state = state.append(k_BCKE, v_BCKE, whole.positions(k_BTKE.device))
         out_BCHE = cached_attention(q_BCHE, state, whole, window=window, sink_H=sink_H, scale=scale, softcap=softcap)

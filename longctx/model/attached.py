@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.cache.options import CacheOptions
+from longctx.cache.sinks import protecting
 from longctx.config.schema import Model
 from longctx.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from longctx.model.attach import attach
@@ -91,8 +92,9 @@ class AttachedCausalLM(nn.Module):
 
         Raises:
             UnsupportedError: the compression must know how keys are rotated, and it is not known.
+            ConfigError: the policy has shares for another number of layers, or no room for the model's sink tokens.
         """
-        return unfilled(self.hf, replace(cache or CacheOptions(), starts={}))
+        return unfilled(self.hf, protecting(replace(cache or CacheOptions(), starts={}), self.config))
 
     def state_survives(self, past: int, length: int) -> bool:
         """False where rotary frequencies depend on the length."""

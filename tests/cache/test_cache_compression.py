@@ -51,12 +51,14 @@ def positions_of(state: Any) -> list[list[list[int]]]:
     return [[cache.lane(lane)[2].tolist() for lane in range(len(cache.lengths_R))] for cache in caches]
 
 
+@pytest.mark.parametrize("model", ["softmax", "window"])
 @pytest.mark.parametrize("name", SCORERS)
-def test_a_budget_of_everything_changes_no_bit(name: str, seed: int) -> None:
-    plain = decoded(CacheOptions(block=4), seed)
+def test_a_budget_of_everything_changes_no_bit(name: str, model: str, seed: int) -> None:
+    """Nor does a window, whose tokens are freed when they are without a compression."""
+    plain = decoded(CacheOptions(block=4), seed, model)
     everything = Policy(tokens=LENGTH, every=5, adaptive=name != "tova", positions="cache")
     for policy in (Policy(ratio=1.0, every=1), everything):
-        found = decoded(CacheOptions(block=4, compression=Compression(SCORERS[name], policy)), seed)
+        found = decoded(CacheOptions(block=4, compression=Compression(SCORERS[name], policy)), seed, model)
         assert torch.equal(found[0], plain[0])
         assert positions_of(found[1]) == positions_of(plain[1])
 
@@ -114,21 +116,24 @@ def test_scores_are_as_defined(seed: int) -> None:
     )
 
 
-def kept_here(name: str, policy: Policy, seed: int) -> list[list[list[int]]]:
+def kept_here(name: str, policy: Policy, seed: int, model: str) -> list[list[list[int]]]:
     ranks = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
     options = CacheOptions(block=4, ranks=ranks, compression=Compression(SCORERS[name], policy))
-    return positions_of(decoded(options, seed)[1])
+    return positions_of(decoded(options, seed, model)[1])
 
 
+@pytest.mark.parametrize("model", ["softmax", pytest.param("window", marks=pytest.mark.tier2)])
 @pytest.mark.parametrize("name", SCORERS)
-def test_ranks_keep_what_one_keeps(name: str, pool: Pool, seed: int) -> None:
-    policies = [Policy(tokens=20, sinks=2, recent=5, every=1)]
+def test_ranks_keep_what_one_keeps(name: str, model: str, pool: Pool, seed: int) -> None:
+    tokens = 20 if model == "softmax" else 6
+    policies = [Policy(tokens=tokens, sinks=1, recent=5, every=1)]
     if name != "tova":
-        policies.append(Policy(ratio=0.3, sinks=1, recent=2, every=12, adaptive=True))
+        policies.append(Policy(tokens=tokens, sinks=1, recent=2, every=12, adaptive=True))
     for policy in policies:
-        wanted = positions_of(decoded(CacheOptions(block=4, compression=Compression(SCORERS[name], policy)), seed)[1])
+        options = CacheOptions(block=4, compression=Compression(SCORERS[name], policy))
+        wanted = positions_of(decoded(options, seed, model)[1])
         for world in (2, 3):
-            parts = pool.run(kept_here, world, name, policy, seed)
+            parts = pool.run(kept_here, world, name, policy, seed, model)
             together = [
                 [sorted(p for part in parts for p in part[layer][lane]) for lane in range(6)] for layer in range(2)
             ]
@@ -143,6 +148,52 @@ def test_a_window_keeps_no_more_than_it_sees(seed: int) -> None:
     full, windowed = positions_of(long[1])
     assert {len(lane) for lane in full} == {LENGTH}
     assert all(8 <= len(lane) <= 9 + 2 for lane in windowed)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_compression_frees_what_is_behind_a_window(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks, too; and the outputs are those of caches that keep all of it, which no query sees."""
+    policy = Policy(tokens=6, sinks=2, recent=2, every=4)
+    options = CacheOptions(block=4, compression=Compression(SCORERS[name], policy))
+    pieces = [30, 21, *[1] * 26]
+    found, state = decoded(options, seed, "window", pieces)
+    full, windowed = positions_of(state)
+    assert all(lane[:2] == [0, 1] for lane in full)
+    assert all(lane[0] >= LENGTH - 9 + 1 - 2 and len(lane) <= 6 + 4 for lane in windowed)
+    assert state[1].pool.nbytes <= 6 * 3 * 4 * (2 * 4 * 8 + 4 + 4 * (name == "shift"))
+    assert state[1].since > 51
+
+    evict = RaggedKV.kept
+
+    def keep(self: RaggedKV, kept_R: list[torch.Tensor]) -> RaggedKV:
+        oldest = -1 if self.window is None else self.seen - self.window + 1
+        return evict(self, [mask | (self.lane(lane)[2] < oldest) for lane, mask in enumerate(kept_R)])
+
+    monkeypatch.setattr(RaggedKV, "kept", keep)
+    wanted, held = decoded(options, seed, "window", pieces)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert positions_of(held)[0] == full and min(len(lane) for lane in positions_of(held)[1]) > 30
+    seen = [[[p for p in lane if p > LENGTH - 9] for lane in lanes] for lanes in (windowed, positions_of(held)[1])]
+    assert seen[0] == seen[1]
+
+
+def test_a_window_within_the_budget_is_never_compressed(seed: int) -> None:
+    """Budgets count what the next query sees: 8 tokens beside itself."""
+    for tokens in (8, 7):
+        policy = Policy(tokens=tokens, sinks=0, recent=1, every=1)
+        options = CacheOptions(block=4, compression=Compression(KeyNorm(), policy))
+        state = decoded(options, seed, "window", [1] * LENGTH)[1]
+        assert state[0].since == LENGTH and (state[1].since > 0) == (tokens == 7)
+
+
+def test_queries_from_before_a_window_see_nothing_that_is_left(seed: int) -> None:
+    """Bug: their softmax over no token was NaN, and so were all scores. Fix: it is 0."""
+    generator, position = torch.Generator().manual_seed(seed), torch.arange(16, 20).expand(1, 1, 4)
+    k, v = torch.randn(2, 1, 1, 4, 6, generator=generator, dtype=torch.float64)
+    q = torch.randn(1, 2, 8, 6, generator=generator, dtype=torch.float64)
+    score = SnapKV(8, 1).score(k, v, q, position, Ranks(20))
+    torch.testing.assert_close(score, SnapKV(4, 1).score(k, v, q[:, :, 4:], position, Ranks(20)) / 2)
+    assert bool((score > 0).all())
 
 
 def test_a_compressed_cache_does_not_go_back_behind_its_compression(seed: int) -> None:

@@ -95,11 +95,12 @@ class Fresh:
         return mixer.o_proj(out_BTHE.flatten(2))  # type: ignore[no-any-return]
 
     def keep(self, cache: RaggedKV) -> int:
-        """Evict what the cache has evicted; how many."""
+        """Evict what the cache has evicted, but for what is behind a window, and is never seen; how many."""
         before = sum(map(len, self.lanes))
+        oldest = -1 if cache.window is None else cache.seen - cache.window + 1
         for index, lane in enumerate(self.lanes):
             stays = set(cache.lane(index)[2].tolist())
-            self.lanes[index] = [token for token in lane if token[0] in stays]
+            self.lanes[index] = [token for token in lane if token[0] in stays or token[0] < oldest]
         return before - sum(map(len, self.lanes))
 
 
@@ -132,11 +133,11 @@ def test_sinks_and_window_are_streaming_llm(name: str, seed: int) -> None:
         assert against_fresh(config_of({}), Recency(), replace(policy, positions="text"), seed)[0] > 1e-2
 
 
-@pytest.mark.parametrize("more", [{}, {"sliding_window": 9}])
-def test_heads_close_gaps_of_their_own(more: dict[str, Any], seed: int) -> None:
+@pytest.mark.parametrize("more, tokens", [({}, 20), ({"sliding_window": 12}, 7)])
+def test_heads_close_gaps_of_their_own(more: dict[str, Any], tokens: int, seed: int) -> None:
     """Adaptive budgets, so that heads hold different tokens and different numbers of them; windows are of the text."""
     for scorer in (KeyNorm(), Random()):
-        policy = Policy(ratio=0.4, sinks=1, recent=2, every=8, adaptive=True, floor=0.3, positions="cache")
+        policy = Policy(tokens=tokens, sinks=1, recent=2, every=8, adaptive=True, floor=0.3, positions="cache")
         worst, times = against_fresh(config_of({}, **more), scorer, policy, seed)
         assert worst < 1e-10 and times > 2
 
@@ -213,8 +214,9 @@ def test_only_keys_that_move_are_rounded_again(bits: int | None, dtype: str, see
         assert float((state.lane(lane)[0][:3] - once).abs().max()) <= limit
 
 
+@pytest.mark.parametrize("window", [None, 25])
 @pytest.mark.parametrize("bits, dtype", [(None, "float64"), (None, "bfloat16"), (4, "float32")])
-def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, seed: int) -> None:
+def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, window: int | None, seed: int) -> None:
     """Whatever goes and when: a key is that of its position, moved once by all that went behind it in its head."""
     rotation = Rotation.of(RotaryEmbedding.from_config(config_of({})), torch.float64)
     assert rotation is not None
@@ -222,16 +224,18 @@ def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, se
     options = CacheOptions(block=4, bits=bits, compression=Compression(KeyNorm(), policy))
     generator = torch.Generator().manual_seed(seed)
     like = torch.empty(0, dtype=getattr(torch, dtype))
-    cache, came = RaggedKV.empty(1, 3, 8, like, options, rotation=rotation), [{} for _ in range(3)]  # type: ignore[var-annotated]
+    cache = RaggedKV.empty(1, 3, 8, like, options, window, rotation)
+    came: list[dict[int, torch.Tensor]] = [{}, {}, {}]
     gone: list[set[int]] = [set(), set(), set()]
-    for _ in range(15):
+    for step in range(15):
         k = torch.randn(1, 7, 3, 8, generator=generator, dtype=torch.float64).to(like)
         new = torch.arange(cache.seen, cache.seen + 7)
         cache = cache.append(k, k, new[None])
         for lane in range(3):
             keys, _, positions = cache.lane(lane)
             came[lane] |= dict(zip(new.tolist(), keys[-7:], strict=True))
-        cache = cache.compressed()
+        # Every other time only what is behind the window goes, of what has moved before.
+        cache = cache.compressed() if window is None or step % 2 else cache._within_window()
         for lane in range(3):
             keys, _, positions = cache.lane(lane)
             gone[lane] = set(came[lane]) - set(positions.tolist())

@@ -259,6 +259,18 @@ def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixtu
     assert found["--keep", 40, "--scorer", "random"] != found[()]
 
 
+def test_speculation_beside_a_compression(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy text of a compressed cache, which is not that of a full one, with and without proposals."""
+    prompt = ["--prompt", "def f(self): return value " * 12, "--max-tokens", 60, "--device", "cpu"]
+    texts = []
+    for more in ((), ("--keep", 0.3), ("--keep", 0.3, "--speculate", "lookup")):
+        assert _longctx("generate", folder, *prompt, *more) == 0
+        found = capsys.readouterr()
+        texts.append(found.out)
+        assert ("tokens per pass" in found.err) == ("lookup" in more)
+    assert texts[0] != texts[1] == texts[2]
+
+
 def test_names_of_scorers_and_positions_reach_the_cache() -> None:
     parser = argparse.ArgumentParser()
     generate_cmd.add_arguments(parser)
@@ -340,10 +352,6 @@ def test_ranks_write_what_one_writes(folder: Path, unwindowed: Path, capsys: pyt
         (
             ("--prompt", "a", "--speculate", "lookup", "--temperature", "0.5"),
             "--speculate lookup: speculation reproduces greedy decoding, not draws at temperature 0.5",
-        ),
-        (
-            ("--prompt", "a", "--speculate", "lookup", "--keep", "0.5"),
-            "--speculate lookup: speculation and a compressed cache do not go together",
         ),
         (("--prompt", "a", "--keep", "8"), "tokens 8 is below the 4 sinks and 32 recent tokens"),
         (("--prompt", "a", "--sink", "b"), "--sink b has no effect without --windows"),

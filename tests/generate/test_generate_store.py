@@ -6,20 +6,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_families import tiny_model
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from longctx.cache.compress import Compression, Policy
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.scorers import KeyNorm
 from longctx.config.schema import Model
-from longctx.errors import DataError, UnsupportedError
+from longctx.errors import ConfigError, DataError, UnsupportedError
 from longctx.generate.decode import Decoded, advance
 from longctx.generate.store import load_decoded, save_decoded
 from longctx.mixers import MIXERS
+from longctx.model.attached import AttachedCausalLM
 from longctx.model.block_transformer import build_native
 from longctx.recurrence import with_recurrence
 from longctx.runtime.mesh import Group
+from longctx.sequence.context import SequenceContext
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4,
@@ -73,6 +77,74 @@ def test_a_compressed_and_rounded_cache_is_kept_as_it_is(seed: int, tmp_path: Pa
         for lane in range(6):
             assert all(torch.equal(a, b) for a, b in zip(own.lane(lane), other.lane(lane), strict=True))
     assert file.stat().st_size < 2 * 6 * 12 * 4 * 2 * (32 + 8) + 20_000
+
+
+LAYERED = {
+    "softmax": {"num_layers": 3},
+    "window": {"num_layers": 3, "sliding_window": 60, "window_layers": [True, False, True]},
+    "mixed": {"num_layers": 3, "layers": "[gated_retention, softmax*2]"},
+    "yoco": {"num_layers": 3, "layers": "[softmax, yoco*2]"},
+    "block": {"num_layers": 3, "block": {"size": 2, "layers": 1}},
+    "llama": {},
+}  # fmt: skip
+
+
+def layered_model(name: str, seed: int) -> Any:
+    if name != "llama":
+        return build_native(Model.model_validate({**SIZES, **LAYERED[name]}), seed=seed).double()
+    hf = tiny_model(name, seed, num_hidden_layers=3)
+    return AttachedCausalLM(hf, Model(hf_config={}, vocab_size=97)).eval()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", LAYERED)
+@torch.no_grad()
+def test_layers_of_a_loaded_state_have_shares_of_their_own(name: str, early: bool, seed: int, tmp_path: Path) -> None:
+    """Bug: every layer went on with the share of the first. Fix: what the model begins with says the options.
+
+    The same tokens kept in every layer as without a file between, compressed before it or only behind it.
+    """
+    model, tokens, file = layered_model(name, seed), tokens_of(seed, 60), tmp_path / "state.safetensors"
+    policy = Policy(ratio=0.3, sinks=1, recent=2, every=5 if early else 22, layers=(1.0, 2.0, 4.0))
+    options = CacheOptions(block=4, compression=Compression(KeyNorm(), policy))
+    done = run(model, tokens[:, :41], options)
+    save_decoded(done, model, file)
+    again = load_decoded(file, model, options)
+    for part in tokens[:, 41:].split([1, 9, 9], dim=1):
+        (wanted, done), (found, again) = (advance(model, part, state) for state in (done, again))
+        assert torch.equal(found, wanted)
+    own, other = (
+        [leaf for leaf in tree_leaves(state) if isinstance(leaf, RaggedKV)] for state in (done.state, again.state)
+    )
+    assert [cache.options.compression for cache in own] == [cache.options.compression for cache in other]
+    kept = [[[cache.lane(lane)[2].tolist() for lane in range(6)] for cache in caches] for caches in (own, other)]
+    assert kept[0] == kept[1]
+    assert len({len(lanes[0]) for lanes in kept[0]}) == len(own) == {"mixed": 2, "yoco": 2}.get(name, 3)
+
+
+def test_compression_is_refused_where_a_loaded_state_has_none(seed: int, tmp_path: Path) -> None:
+    file, compression = tmp_path / "state.safetensors", Compression(KeyNorm(), Policy(ratio=0.5))
+    for name, said in (
+        ("rmt", "compression of a cache have no effect: a recurrence keeps no more"),
+        ("conv", "compression of a cache have no effect: no layer of this model"),
+        ("nats", "the types of nats say which tokens stay"),
+    ):
+        model = model_of(name, seed)
+        save_decoded(run(model, tokens_of(seed, 9)), model, file)
+        load_decoded(file, model, CacheOptions(bits=8, block=2))
+        with pytest.raises(UnsupportedError, match=said):
+            load_decoded(file, model, CacheOptions(compression=compression))
+    model, shares = model_of("softmax", seed), Policy(ratio=0.5, layers=(1.0, 1.0, 1.0))
+    save_decoded(run(model, tokens_of(seed, 9)), model, file)
+    with pytest.raises(ConfigError, match="shares of 3 layers and the model 2"):
+        load_decoded(file, model, CacheOptions(compression=Compression(KeyNorm(), shares)))
+    context = SequenceContext.single(2, 9)
+    with torch.no_grad():
+        state = model(tokens_of(seed, 9), context, state=model.empty_state(2)).state
+    save_decoded(Decoded(tokens_of(seed, 9), context, state), model, file)
+    load_decoded(file, model)
+    with pytest.raises(UnsupportedError, match="keys and values outside of caches"):
+        load_decoded(file, model, CacheOptions(compression=compression))
 
 
 def test_what_cannot_be_used_is_refused(seed: int, tmp_path: Path) -> None:

@@ -17,9 +17,7 @@ from test_generate_store import MODELS, SIZES
 from training import Case, build
 
 from longctx.bench.speculation import Plan, speculation
-from longctx.cache.compress import Compression, Policy
 from longctx.cache.options import CacheOptions
-from longctx.cache.scorers import KeyNorm
 from longctx.checkpoint.folder import open_model
 from longctx.cli.main import main
 from longctx.config.schema import Model
@@ -156,9 +154,6 @@ def test_what_cannot_be_exact_is_refused(seed: int) -> None:
     proposer, words = ProposalHeads(model_of("softmax", seed)), Words()
     with pytest.raises(ConfigError, match=r"not draws at temperature 0.5"):
         next(stream_text(proposer.model, words, "a", 3, Sampling(0.5), proposer=proposer))  # type: ignore[arg-type]
-    cache = CacheOptions(compression=Compression(KeyNorm(), Policy(tokens=40)))
-    with pytest.raises(ConfigError, match="a compressed cache do not go together"):
-        next(stream_text(proposer.model, words, "a", 3, cache=cache, proposer=proposer))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="fewer than a prompt of 256"):
         speculation(proposer.model, [1, 2, 3], Plan())
 

@@ -2,17 +2,20 @@
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from test_generate_store import MODELS, model_of
+from test_generate_store import MODELS, SIZES, model_of
 from torch import Tensor
 
 from longctx.cache.options import CacheOptions
+from longctx.config.schema import Model
 from longctx.errors import ConfigError, DataError
 from longctx.generate.decode import decode_ids
 from longctx.generate.speculate import PromptLookup, speculate_ids
+from longctx.model.block_transformer import build_native
 
 
 class Oracle:
@@ -45,6 +48,21 @@ def test_any_proposals_give_greedy_text(name: str, seed: int) -> None:
         runs = list(speculate_ids(model, prompt, 30, oracle, CacheOptions(block=4), chunk=5))
         assert [token for run in runs for token in run] == wanted
         assert (max(map(len, runs)) == 1) == (wrong == 1.0)
+
+
+def test_a_rotation_that_changes_with_the_length(seed: int) -> None:
+    """Bug: tokens of one pass were all rotated by the length at its end. Fix: a pass ends before that changes.
+
+    Past the length that the table is for, every token changes it and runs alone; proposals before may run together.
+    """
+    rope = {"rope": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 30}
+    model, prompt = build_native(Model.model_validate({**SIZES, **rope}), seed=seed).double(), list(range(3, 18))
+    wanted = greedy(model, prompt, 40)
+    for wrong in (0.0, 0.3):
+        runs = list(speculate_ids(model, prompt, 40, Oracle(prompt + wanted, seed, wrong)))
+        assert [token for run in runs for token in run] == wanted
+        late = [len(run) for run, end in zip(runs, accumulate(map(len, runs)), strict=True) if len(prompt) + end > 31]
+        assert len(runs) < 40 and set(late[1:]) == {1}
 
 
 def test_lookup_proposes_what_followed_last_time() -> None:
