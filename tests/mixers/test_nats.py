@@ -329,7 +329,7 @@ def test_regularisation_alone_shortens_how_long_keys_are_seen(seed: int) -> None
     given = problem(seed)
     mixer, x, context = mixer_of(given), given.inputs(), SequenceContext.single(2, S)
     optimizer, losses, shares = torch.optim.Adam(mixer.type_proj.parameters(), lr=0.1), [], []
-    for _ in range(40):
+    for _ in range(100):
         observed = mixer.run(x, context).observed
         assert observed is not None
         optimizer.zero_grad()
@@ -338,7 +338,7 @@ def test_regularisation_alone_shortens_how_long_keys_are_seen(seed: int) -> None
         mixer.shares.absorb(observed.sums["shares"])
         losses.append(observed.loss_sum.item())
         shares.append(mixer.shares.share_K3.mean(0))
-    assert float(mixer.shares.step) == 40
+    assert float(mixer.shares.step) == 100
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
     change_3 = torch.stack(shares[-8:]).mean(0) - torch.stack(shares[:8]).mean(0)
     assert change_3[GLOBAL] < -0.02 and change_3[SLIDING] > 0.1
