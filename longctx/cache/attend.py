@@ -12,6 +12,7 @@ lane, N blocks, C tokens per block, E head dim.
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ _SCORES = 1 << 24
 _FEW = 64
 """Queries per lane up to which blocks are worked on all at once."""
 _LONG = 8
-"""Mean length of runs of blocks from which on they are worked on run by run."""
+"""Blocks per group of runs from which on they are worked on by group, and of a piece of a run, at most."""
 
 
 def cached_attention(
@@ -224,46 +225,71 @@ def _partial(
     owner_N = layout.once(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device))
     owner_n = taken(owner_N, part, device)
     k_nCE, v_nCE = held.store.read(part, device)
-    runs = _runs(layout, part)
-    score_nCQ = _scores(q_RQE * scoring.scale, k_nCE, owner_n, runs).to(wide)
+    groups = _groups(layout, part, owner_n)
+    score_nCQ = _scores(q_RQE * scoring.scale, k_nCE, groups).to(wide)
     if scoring.softcap is not None:
         score_nCQ = (score_nCQ / scoring.softcap).tanh_().mul_(scoring.softcap)
     _hide(score_nCQ, at_RQ, owner_n, held, part, window)
     weight_nCQ, top_RQ = _exponentials(score_nCQ, owner_n, len(q_RQE))
     total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
-    out_RQE = _sums(weight_nCQ.to(v_nCE.dtype), v_nCE, owner_n, runs, len(q_RQE))
+    out_RQE = _sums(weight_nCQ.to(v_nCE.dtype), v_nCE, groups, len(q_RQE))
     seen_RQ = total_RQ > 0
     out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
     return out_RQE, (total_RQ.log() + top_RQ).where(seen_RQ, float("-inf"))
 
 
-Runs = list[tuple[int, int, int]] | None
-"""Neighbouring blocks of one lane each, as (lane, first, behind the last); None: too many to be worth it."""
+class Group(NamedTuple):
+    """Runs of ``length`` blocks of one lane each, from block ``start`` of a part to ``stop``; pieces divide a run.
+
+    Args:
+        lane_g: the lane of every run; piece_p: of every piece; pieces: blocks of one.
+    """
+
+    start: int
+    stop: int
+    length: int
+    lane_g: Tensor
+    pieces: int
+    piece_p: Tensor
 
 
-def _runs(layout: BlockLayout, part: Part) -> Runs:
-    """A prompt leaves long runs; one product over a run reads its keys twice as fast as one per block."""
+def _groups(layout: BlockLayout, part: Part, owner_n: Tensor) -> list[Group]:
+    """A prompt leaves long runs: one product over a run reads its keys twice as fast as one per block.
+
+    Blocks of no lane may be left out.
+    """
+    each = Group(0, len(owner_n), 1, owner_n, 1, owner_n)
     if not isinstance(part, slice):
-        return None
+        return [each]
 
-    def find() -> Runs:
-        owner_n = layout.owner_N[part].numpy()
-        edges = [0, *(np.flatnonzero(np.diff(owner_n)) + 1).tolist(), len(owner_n)]
-        if len(edges) * _LONG > len(owner_n):
-            return None
-        return [(int(owner_n[a]), a, b) for a, b in pairwise(edges) if owner_n[a] >= 0]
+    def find() -> list[Group]:
+        lanes_n = layout.owner_N[part].numpy()
+        edges = np.flatnonzero(np.diff(lanes_n, prepend=-2, append=-2))
+        lane_r, length_r = lanes_n[edges[:-1]], np.diff(edges)
+        cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
+        if len(cuts) * _LONG > len(lanes_n):
+            return [each]
+        found = []
+        for first, behind in pairwise(cuts.tolist()):
+            if lane_r[first] >= 0:
+                length, lane_g = int(length_r[first]), torch.from_numpy(lane_r[first:behind]).to(owner_n.device)
+                pieces = max(n for n in range(1, _LONG + 1) if length % n == 0)
+                piece_p = lane_g.repeat_interleave(length // pieces)
+                found.append(Group(int(edges[first]), int(edges[behind]), length, lane_g, pieces, piece_p))
+        return found
 
-    runs: Runs = layout.once(("runs", part.start, part.stop), find)
-    return runs
+    groups: list[Group] = layout.once(("groups", part.start, part.stop, owner_n.device), find)
+    return groups
 
 
-def _scores(q_RQE: Tensor, k_nCE: Tensor, owner_n: Tensor, runs: Runs) -> Tensor:
+def _scores(q_RQE: Tensor, k_nCE: Tensor, groups: list[Group]) -> Tensor:
     """Products [n, C, Q] of every block with the queries of its lane; 0 for blocks of none."""
-    if runs is None:
-        return torch.bmm(k_nCE, q_RQE[owner_n].mT)
-    score_nCQ = k_nCE.new_zeros(*k_nCE.shape[:2], q_RQE.shape[1])
-    for lane, a, b in runs:  # keys first: few rows times many columns take twice as long
-        torch.mm(k_nCE[a:b].flatten(0, 1), q_RQE[lane].mT, out=score_nCQ[a:b].flatten(0, 1))
+    blocks, places, size = k_nCE.shape
+    score_nCQ = k_nCE.new_zeros(blocks, places, q_RQE.shape[1])
+    for group in groups:  # keys first: few rows times many columns take twice as long
+        k_gME = k_nCE[group.start : group.stop].view(-1, group.length * places, size)
+        score_gMQ = score_nCQ[group.start : group.stop].view(*k_gME.shape[:2], q_RQE.shape[1])
+        torch.bmm(k_gME, q_RQE[group.lane_g].mT, out=score_gMQ)
     return score_nCQ
 
 
@@ -282,14 +308,15 @@ def _exponentials(score_nCQ: Tensor, owner_n: Tensor, lanes: int) -> tuple[Tenso
     return score_nCQ, top_RQ
 
 
-def _sums(weight_nCQ: Tensor, v_nCE: Tensor, owner_n: Tensor, runs: Runs, lanes: int) -> Tensor:
+def _sums(weight_nCQ: Tensor, v_nCE: Tensor, groups: list[Group], lanes: int) -> Tensor:
     """Weighted sums [R, Q, E] of the values of every lane."""
     wide = torch.promote_types(v_nCE.dtype, torch.float32)
-    sum_RQE = v_nCE.new_zeros(lanes, weight_nCQ.shape[2], v_nCE.shape[2], dtype=wide)
-    if runs is None:
-        return sum_RQE.index_add_(0, owner_n, torch.bmm(weight_nCQ.mT, v_nCE).to(wide))
-    for lane, a, b in runs:
-        sum_RQE[lane] += weight_nCQ[a:b].flatten(0, 1).mT @ v_nCE[a:b].flatten(0, 1)
+    places, queries, size = weight_nCQ.shape[1], weight_nCQ.shape[2], v_nCE.shape[2]
+    sum_RQE = v_nCE.new_zeros(lanes, queries, size, dtype=wide)
+    for group in groups:  # in pieces, which threads share
+        weight_pMQ = weight_nCQ[group.start : group.stop].view(-1, group.pieces * places, queries)
+        v_pME = v_nCE[group.start : group.stop].view(-1, group.pieces * places, size)
+        sum_RQE.index_add_(0, group.piece_p, torch.bmm(weight_pMQ.mT, v_pME).to(wide))
     return sum_RQE
 
 

@@ -110,6 +110,10 @@ class BlockLayout:
         after = self._shared(key, lambda: self._appended(taken_RT))
         return after, after.came
 
+    def extended(self, tokens: int) -> "BlockLayout":
+        """The layout with so many tokens behind every lane."""
+        return self._shared(("all", tokens), lambda: self._appended(torch.ones(self.lanes, tokens, dtype=torch.bool)))
+
     @property
     def came(self) -> Places:
         """Where the last tokens went that were appended; only of a layout that :meth:`append` made."""

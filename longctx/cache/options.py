@@ -120,6 +120,11 @@ class CacheOptions:
         """For keys that are rotated so (see :meth:`Compression.bound`)."""
         return self if self.compression is None else replace(self, compression=self.compression.bound(rotation))
 
+    @property
+    def owns_all(self) -> bool:
+        """Whether this rank keeps every token."""
+        return self.ranks is None or self.ranks.size == 1
+
     def owned(self, position: Tensor) -> Tensor:
         """Which positions this rank keeps, on the host; one rank alone waits for no device to tell them."""
         if self.ranks is None or self.ranks.size == 1:

@@ -123,13 +123,17 @@ class RaggedKV:
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
         position_RT = position_BT.repeat_interleave(heads, dim=0)
-        taken_BT = self.options.owned(position_BT)
-        if counts_B is not None:
-            taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
-        taken_RT = taken_BT.repeat_interleave(heads, dim=0)
-        if taken_BTK is not None:
-            taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
-        pool, (layout, _) = self._own_pool(), self.layout.append(taken_RT)
+        if self.options.owns_all and counts_B is None and taken_BTK is None:
+            layout = self.layout.extended(tokens)
+        else:
+            taken_BT = self.options.owned(position_BT)
+            if counts_B is not None:
+                taken_BT &= torch.arange(tokens) < counts_B.cpu()[:, None]
+            taken_RT = taken_BT.repeat_interleave(heads, dim=0)
+            if taken_BTK is not None:
+                taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
+            layout, _ = self.layout.append(taken_RT)
+        pool = self._own_pool()
         pool.write(layout, k_RTE, v_RTE, position_RT)
         return self._with(pool, layout, seen=self.seen + tokens)
 

@@ -227,6 +227,7 @@ def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, wi
     cache = RaggedKV.empty(1, 3, 8, like, options, window, rotation)
     came: list[dict[int, torch.Tensor]] = [{}, {}, {}]
     gone: list[set[int]] = [set(), set(), set()]
+    differ = False
     for step in range(15):
         k = torch.randn(1, 7, 3, 8, generator=generator, dtype=torch.float64).to(like)
         new = torch.arange(cache.seen, cache.seen + 7)
@@ -245,7 +246,8 @@ def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, wi
                     codec, moved = cache.pool.codec, rotation.moved(wanted, torch.tensor(by))
                     wanted = codec.decode(codec.encode(moved[None]))[0]
                 torch.testing.assert_close(key, wanted, rtol=0, atol=1e-12 if dtype == "float64" else 0)
-    assert len({len(places) for places in gone}) > 1
+        differ |= len({len(places) for places in gone}) > 1
+    assert differ
 
 
 @pytest.mark.parametrize("bits", [None, 8])
