@@ -41,6 +41,7 @@ class BlockLayout:
     owner_N: Tensor
     ordinal_N: Tensor
     last_R: Tensor
+    _of_blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     # Weakly: a long text would else keep a layout for each of its tokens.
     _after: WeakValueDictionary[Any, "BlockLayout"] = field(default_factory=WeakValueDictionary, init=False, repr=False)
@@ -71,10 +72,16 @@ class BlockLayout:
             self._made[key] = make()
         return self._made[key]
 
+    def of_blocks(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The same of what stays while all lanes grow by as many tokens within the blocks that they have."""
+        if key not in self._of_blocks:
+            self._of_blocks[key] = make()
+        return self._of_blocks[key]
+
     @property
     def held(self) -> Tensor:
         """Ids of the blocks in use, ascending."""
-        ids: Tensor = self.once("held", lambda: (self.owner_N >= 0).nonzero()[:, 0])
+        ids: Tensor = self.of_blocks("held", lambda: (self.owner_N >= 0).nonzero()[:, 0])
         return ids
 
     def counts(self) -> Tensor:
@@ -101,7 +108,7 @@ class BlockLayout:
             ids = (self.owner_N == lane).nonzero()[:, 0]
             return ids[self.ordinal_N[ids].argsort()]
 
-        ids: Tensor = self.once(("lane", lane), find)
+        ids: Tensor = self.of_blocks(("lane", lane), find)
         return ids
 
     def append(self, taken_RT: Tensor) -> tuple["BlockLayout", Places]:
@@ -112,7 +119,7 @@ class BlockLayout:
 
     def extended(self, tokens: int) -> "BlockLayout":
         """The layout with so many tokens behind every lane."""
-        return self._shared(("all", tokens), lambda: self._appended(torch.ones(self.lanes, tokens, dtype=torch.bool)))
+        return self._shared(("all", tokens), lambda: self._extended(tokens))
 
     @property
     def came(self) -> Places:
@@ -125,6 +132,15 @@ class BlockLayout:
         if found is None:
             found = self._after[key] = make()
         return found
+
+    def _extended(self, tokens: int) -> "BlockLayout":
+        if tokens != 1 or not bool((self.lengths_R % self.block).all()):
+            return self._appended(torch.ones(self.lanes, tokens, dtype=torch.bool))
+        # The most frequent step by far: into blocks that are open.
+        lengths_R, lane_R = self.lengths_R + 1, torch.arange(self.lanes)
+        after = BlockLayout(self.block, lengths_R, self.owner_N, self.ordinal_N, self.last_R, self._of_blocks)
+        after._made["came"] = Places(lane_R, torch.zeros_like(lane_R), self.last_R, self.lengths_R % self.block)
+        return after
 
     def _appended(self, taken_RT: Tensor) -> "BlockLayout":
         counts_R = taken_RT.sum(1)

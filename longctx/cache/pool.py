@@ -124,10 +124,14 @@ class Pool:
         """Put tokens to the places where they were appended to a layout last."""
         self.reserve(layout)
         lane_n, token_n, block_n, offset_n = layout.came
+        rows = [x.flatten(0, 1) for x in (k_RTE, v_RTE, position_RT.to(k_RTE.device, torch.int32))]
         for store, some, slot_n in self.found(block_n):
-            there = (lane_n[some].to(k_RTE.device), token_n[some].to(k_RTE.device))
-            new = (*self.codec.encode(k_RTE[there]), *self.codec.encode(v_RTE[there]))
-            position_n = position_RT.to(k_RTE.device)[there].to(torch.int32)
+            new_rows = rows
+            if len(slot_n) < len(rows[0]):  # else all come, in order
+                row_n = (lane_n[some] * k_RTE.shape[1] + token_n[some]).to(k_RTE.device)
+                new_rows = [x_m[row_n] for x_m in rows]
+            k_nE, v_nE, position_n = new_rows
+            new = (*self.codec.encode(k_nE), *self.codec.encode(v_nE))
             worth = () if self.worth_NC is None else (torch.full(position_n.shape, torch.nan),)
             store.lay((slot_n, offset_n[some]), (*new, position_n, *worth))
 

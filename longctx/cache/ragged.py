@@ -122,7 +122,7 @@ class RaggedKV:
             k_BTKE = self.options.search.keys(k_BTKE)
         batch, tokens, heads, size = k_BTKE.shape
         k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
-        position_RT = position_BT.repeat_interleave(heads, dim=0)
+        position_RT = position_BT[:, None].expand(batch, heads, tokens).flatten(0, 1)
         if self.options.owns_all and counts_B is None and taken_BTK is None:
             layout = self.layout.extended(tokens)
         else:

@@ -1,0 +1,256 @@
+"""Attention of a few queries per lane over blocks, without ever making the cache dense.
+
+One batched product of the queries with the keys of their lane, a softmax over all blocks of a lane, and a second
+product. Blocks lie in any order: where long runs of them are of one lane, a run is one factor; where all lanes are
+even (:func:`_even`) the softmax is over neighbours in memory; else its maxima and sums are scattered. The cost is that
+of the blocks in use; beside them it holds one score per key and query.
+
+Legend: R lanes, Q queries of a lane, N blocks, n of them, C tokens per block, E head dim, M tokens of a run of blocks.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.attention.kernels import Scoring
+from longctx.cache.layout import BlockLayout
+from longctx.cache.pool import Held, Part, taken
+
+_LONG = 8
+"""Blocks per group of runs from which on they are worked on by group, and of a piece of a run, at most."""
+
+
+def visible_blocks(held: Held, at_RQ: Tensor | None, window: int | None) -> Tensor:
+    """Ids of the blocks that hold anything a query may see."""
+    layout = held.layout
+    if at_RQ is None or window is None or not layout.capacity:
+        return layout.held
+    counts_N = layout.counts()
+    position_NC = held.store.position_NC[: layout.capacity]
+    last_N = position_NC.gather(1, (counts_N - 1).clamp_min(0)[:, None].to(position_NC.device))[:, 0].cpu()
+    first_R = at_RQ.min(1).values.cpu() - window + 1
+    return ((counts_N > 0) & (last_N >= first_R[layout.owner_N.clamp_min(0)])).nonzero()[:, 0]
+
+
+def parts(ids_n: Tensor, blocks: int, step: int) -> Sequence[Part]:
+    """The blocks in one or more parts of ``step``; where few are not wanted, these are read, too, and hidden."""
+    if 4 * len(ids_n) < 3 * blocks:
+        return torch.split(ids_n, step)
+    return [slice(start, min(start + step, blocks)) for start in range(0, max(blocks, 1), step)]
+
+
+def over_blocks(
+    q_RQE: Tensor, at_RQ: Tensor | None, held: Held, part: Part, scoring: Scoring, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks; without ``at_RQ`` the queries see all of them."""
+    device, wide, layout = q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32), held.layout
+    k_nCE, v_nCE = held.store.read(part, device)
+    if at_RQ is None and isinstance(part, slice) and part == slice(0, layout.capacity):
+        even = layout.of_blocks("even", lambda: _even(layout))
+        if even is not None:
+            return _over_even(q_RQE, k_nCE, v_nCE, even, int(layout.lengths_R[0]), scoring)
+    owner_N = layout.of_blocks(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device))
+    owner_n = taken(owner_N, part, device)
+    groups = _groups(layout, part, owner_n)
+    score_nCQ = _capped(_scores(q_RQE * scoring.scale, k_nCE, groups).to(wide), scoring)
+    _hide(score_nCQ, at_RQ, owner_n, held, part, window)
+    weight_nCQ, top_RQ = _exponentials(score_nCQ, owner_n, len(q_RQE))
+    total_RQ = torch.zeros_like(top_RQ).index_add_(0, owner_n, weight_nCQ.sum(1))
+    out_RQE = _sums(weight_nCQ.to(v_nCE.dtype), v_nCE, groups, len(q_RQE))
+    seen_RQ = total_RQ > 0
+    out_RQE /= total_RQ.where(seen_RQ, 1.0)[..., None]
+    return out_RQE, (total_RQ.log() + top_RQ).where(seen_RQ, float("-inf"))
+
+
+def _capped(scores: Tensor, scoring: Scoring) -> Tensor:
+    return scores if scoring.softcap is None else (scores / scoring.softcap).tanh_().mul_(scoring.softcap)
+
+
+class Rounds(NamedTuple):
+    """From block ``start`` on ``rounds`` times a run of ``length`` blocks of every lane, lanes in order."""
+
+    start: int
+    rounds: int
+    length: int
+
+    def of(self, rows_nCE: Tensor, lanes: int) -> Tensor:
+        """The rows [rounds x R, M, E] of every run."""
+        rows_mCE = rows_nCE[self.start : self.start + self.rounds * lanes * self.length]
+        return rows_mCE.view(self.rounds * lanes, -1, rows_nCE.shape[2])
+
+
+def _even(layout: BlockLayout) -> list[Rounds] | None:
+    """The blocks of all lanes, if these have as many tokens each, all here, and only places behind them are free.
+
+    So it is where rows of one length decode, until tokens are evicted.
+    """
+    lanes, lengths_R, owner_N = layout.lanes, layout.lengths_R, layout.owner_N.numpy()
+    edges = np.flatnonzero(np.diff(owner_N, prepend=-2, append=-2))
+    lane_r, length_r = owner_N[edges[:-1]], np.diff(edges)
+    cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
+    found = []
+    for first, behind in pairwise(cuts.tolist()):
+        if lane_r[first] < 0:
+            continue
+        rounds, rest = divmod(behind - first, lanes)
+        if rest or (lane_r[first:behind].reshape(rounds, lanes) != np.arange(lanes)).any():
+            return None
+        found.append(Rounds(int(edges[first]), rounds, int(length_r[first])))
+    there = layout.block * sum(rounds.rounds * rounds.length for rounds in found)
+    if not found or bool((lengths_R != lengths_R[0]).any()) or there < lengths_R[0]:
+        return None
+    start, rounds, length = found[-1]
+    last_R = start + length * ((rounds - 1) * lanes + torch.arange(1, lanes + 1)) - 1
+    return found if torch.equal(last_R, layout.last_R) else None
+
+
+def _over_even(
+    q_RQE: Tensor, k_nCE: Tensor, v_nCE: Tensor, even: list[Rounds], tokens: int, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """:func:`over_blocks` where all lanes have ``tokens``: those of a lane and query are neighbours, here alone."""
+    lanes, queries, size = q_RQE.shape
+    wide, scaled_RQE = torch.promote_types(q_RQE.dtype, torch.float32), q_RQE * scoring.scale
+    scores = []
+    for rounds in even:
+        score_gQM = torch.bmm(scaled_RQE.repeat(rounds.rounds, 1, 1), rounds.of(k_nCE, lanes).mT)
+        scores.append(score_gQM.view(rounds.rounds, lanes, queries, -1).permute(1, 2, 0, 3).flatten(2))
+    score_RQM = _capped(torch.cat(scores, dim=2).to(wide), scoring)
+    score_RQM[..., tokens:] = float("-inf")
+    weight_RQM = score_RQM.softmax(-1)
+    lse_RQ = score_RQM.amax(-1) - weight_RQM.amax(-1).log()
+    weights = torch.split(weight_RQM.to(v_nCE.dtype), [some_RQM.shape[2] for some_RQM in scores], dim=2)
+    out_RQE = torch.zeros_like(q_RQE, dtype=wide)
+    for rounds, some_RQM in zip(even, weights, strict=True):
+        pieces = _pieces(rounds.length)  # which threads share
+        weight_RQrpM = some_RQM.view(lanes, queries, rounds.rounds, pieces, -1)
+        weight_pQM = weight_RQrpM.permute(2, 0, 3, 1, 4).flatten(0, 2)
+        v_pME = rounds.of(v_nCE, lanes).reshape(len(weight_pQM), -1, size)
+        out_pQE = torch.bmm(weight_pQM, v_pME).to(wide)
+        out_RQE += out_pQE.view(rounds.rounds, lanes, pieces, queries, size).sum((0, 2))
+    return out_RQE, lse_RQ
+
+
+def _pieces(blocks: int) -> int:
+    return max(n for n in range(1, _LONG + 1) if blocks % n == 0)
+
+
+class Group(NamedTuple):
+    """Runs of ``length`` blocks of one lane each, from block ``start`` of a part to ``stop``; pieces divide a run.
+
+    Args:
+        lane_g: the lane of every run; piece_p: of every piece; pieces: blocks of one.
+    """
+
+    start: int
+    stop: int
+    length: int
+    lane_g: Tensor
+    pieces: int
+    piece_p: Tensor
+
+
+def _groups(layout: BlockLayout, part: Part, owner_n: Tensor) -> list[Group]:
+    """A prompt leaves long runs: one product over a run reads its keys twice as fast as one per block.
+
+    Blocks of no lane may be left out.
+    """
+    each = Group(0, len(owner_n), 1, owner_n, 1, owner_n)
+    if not isinstance(part, slice):
+        return [each]
+
+    def find() -> list[Group]:
+        lanes_n = layout.owner_N[part].numpy()
+        edges = np.flatnonzero(np.diff(lanes_n, prepend=-2, append=-2))
+        lane_r, length_r = lanes_n[edges[:-1]], np.diff(edges)
+        cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
+        if len(cuts) * _LONG > len(lanes_n):
+            return [each]
+        found = []
+        for first, behind in pairwise(cuts.tolist()):
+            if lane_r[first] >= 0:
+                length, lane_g = int(length_r[first]), torch.from_numpy(lane_r[first:behind]).to(owner_n.device)
+                pieces = _pieces(length)
+                piece_p = lane_g.repeat_interleave(length // pieces)
+                found.append(Group(int(edges[first]), int(edges[behind]), length, lane_g, pieces, piece_p))
+        return found
+
+    groups: list[Group] = layout.of_blocks(("groups", part.start, part.stop, owner_n.device), find)
+    return groups
+
+
+def _scores(q_RQE: Tensor, k_nCE: Tensor, groups: list[Group]) -> Tensor:
+    """Products [n, C, Q] of every block with the queries of its lane; 0 for blocks of none."""
+    blocks, places, size = k_nCE.shape
+    score_nCQ = k_nCE.new_zeros(blocks, places, q_RQE.shape[1])
+    for group in groups:  # keys first: few rows times many columns take twice as long
+        k_gME = k_nCE[group.start : group.stop].view(-1, group.length * places, size)
+        score_gMQ = score_nCQ[group.start : group.stop].view(*k_gME.shape[:2], q_RQE.shape[1])
+        torch.bmm(k_gME, q_RQE[group.lane_g].mT, out=score_gMQ)
+    return score_nCQ
+
+
+def _exponentials(score_nCQ: Tensor, owner_n: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+    """In place: exp(score - top), and top [R, Q], the largest score of every query.
+
+    Reductions and broadcasts whose innermost size is a small Q are slow, so several places go side by side.
+    """
+    blocks, places, queries = score_nCQ.shape
+    side = gcd(places, 8)
+    wide_nPs = score_nCQ.view(blocks, places // side, side * queries)
+    top_nQ = wide_nPs.amax(1).view(blocks, side, queries).amax(1)
+    top_RQ = score_nCQ.new_full((lanes, queries), torch.finfo(score_nCQ.dtype).min / 2)
+    top_RQ.scatter_reduce_(0, owner_n[:, None].expand_as(top_nQ), top_nQ, "amax")
+    wide_nPs.sub_(top_RQ[owner_n].repeat(1, side)[:, None]).exp_()
+    return score_nCQ, top_RQ
+
+
+def _sums(weight_nCQ: Tensor, v_nCE: Tensor, groups: list[Group], lanes: int) -> Tensor:
+    """Weighted sums [R, Q, E] of the values of every lane."""
+    wide = torch.promote_types(v_nCE.dtype, torch.float32)
+    places, queries, size = weight_nCQ.shape[1], weight_nCQ.shape[2], v_nCE.shape[2]
+    sum_RQE = v_nCE.new_zeros(lanes, queries, size, dtype=wide)
+    for group in groups:  # in pieces, which threads share
+        weight_pMQ = weight_nCQ[group.start : group.stop].view(-1, group.pieces * places, queries)
+        v_pME = v_nCE[group.start : group.stop].view(-1, group.pieces * places, size)
+        sum_RQE.index_add_(0, group.piece_p, torch.bmm(weight_pMQ.mT, v_pME).to(wide))
+    return sum_RQE
+
+
+def _hide(score_nCQ: Tensor, at_RQ: Tensor | None, owner_n: Tensor, held: Held, part: Part, window: int | None) -> None:
+    """-inf, in place, where a place holds no token or one that the query does not see; few blocks have any."""
+    layout, block, device = held.layout, score_nCQ.shape[1], score_nCQ.device
+    if at_RQ is None:
+        empty_p = _unused(layout, part, device)
+        score_nCQ.view(-1, score_nCQ.shape[2]).index_fill_(0, empty_p, float("-inf"))
+        return
+    counts_n = taken(layout.once(("counts", device), lambda: layout.counts().to(device)), part, device)
+    position_nC = taken(held.store.position_NC, part, device)
+    last_n = position_nC.gather(1, (counts_n - 1).clamp_min(0)[:, None])[:, 0]
+    partly = (counts_n < block) | (last_n > at_RQ.min(1).values[owner_n])
+    if window is not None:
+        partly |= position_nC[:, 0] <= at_RQ.max(1).values[owner_n] - window
+    rows = partly.nonzero()[:, 0]
+    if not len(rows):
+        return
+    key_rC1, at_r1Q = position_nC[rows][..., None], at_RQ[owner_n[rows]][:, None]
+    hidden_rCQ = key_rC1 > at_r1Q
+    if window is not None:
+        hidden_rCQ |= key_rC1 <= at_r1Q - window
+    hidden_rCQ |= (torch.arange(block, device=device) >= counts_n[rows][:, None])[..., None]
+    score_nCQ[rows] = score_nCQ[rows].masked_fill_(hidden_rCQ, float("-inf"))
+
+
+def _unused(layout: BlockLayout, part: Part, device: torch.device) -> Tensor:
+    """Places without a token, by number among those of a part."""
+
+    def find() -> Tensor:
+        places = torch.arange(layout.block) >= layout.counts()[part][:, None]
+        return places.flatten().nonzero()[:, 0].to(device)
+
+    found: Tensor = layout.once(("unused", part.start, part.stop, device), find) if isinstance(part, slice) else find()
+    return found
