@@ -95,7 +95,7 @@ class Plan:
     width: int = 64
     layers: int = 2
     memory: int = 4
-    lr: float = 3e-3
+    lr: float = 1e-3
     seed: int = 0
 
     def stages(self) -> list[tuple[int, int]]:

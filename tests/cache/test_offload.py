@@ -6,7 +6,6 @@ CPU here, and what is read of the old one at a time is counted. Blocks have 4 to
 Legend: B batch, T new tokens, K kv heads, E head dim, R = B x K lanes.
 """
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from pool import Pool as Workers
 from test_cache_compression import SCORERS, decoded, positions_of
 from test_cached_decoding import LENGTH, MODELS, VOCAB, model_of
-from test_ragged_cache import F64, Lanes, assert_same, drawn, naive
+from test_ragged_cache import F64, Lanes, drawn, naive
 from test_sharded_cache import group_here
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -71,45 +70,10 @@ def caches_of(state: Any) -> list[RaggedKV]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, RaggedKV)]
 
 
-def bound(lanes: int, newest: int, block: int = BLOCK) -> int:
+def bound(lanes: int, newest: int) -> int:
     """Blocks on the device: of every lane the newest tokens' and an open one, and those that storage grows by."""
-    blocks = lanes * (-(-newest // block) + 1)
+    blocks = lanes * (-(-newest // BLOCK) + 1)
     return blocks + blocks // SPARE
-
-
-@pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("newest", [0, 5, 12])
-def test_any_course_of_operations_gives_what_lists_give(block: int, newest: int, seed: int) -> None:
-    """Forks that go apart, roll-backs beyond what is new, evictions, rows of different lengths."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    options = CacheOptions(block=block, offload=newest)
-    live = [(RaggedKV.empty(2, 3, SIZE, F64, options), Lanes(6), 0)]
-    for _ in range(40):
-        cache, oracle, end = draw.choice(live)
-        action = draw.choice(["append", "append", "append", "truncate", "evict"])
-        if action == "append":
-            counts = [draw.randrange(0, 8) for _ in range(2)]
-            k, v = drawn(generator, 2, 7, 3)
-            position = torch.arange(end, end + 7).expand(2, 7)
-            cache = cache.append(k, v, position, torch.tensor(counts))
-            oracle, end = oracle.append(k, v, position, counts), end + 7
-        elif action == "truncate":
-            before = draw.randrange(max(0, end - 30), end + 1)
-            cache, oracle, end = cache.truncated(before), oracle.truncated(before), before
-        else:
-            masks = [torch.rand(len(lane), generator=generator) < 0.7 for lane in oracle.rows]
-            cache, oracle = cache.kept(masks), oracle.kept(masks)
-            assert cache.pool.capacity == cache.blocks  # memory is really freed
-        assert isinstance(cache.pool, TieredPool)
-        if action != "truncate":
-            assert cache.pool.hot.capacity <= bound(6, newest, block)
-            for lane, length in enumerate(cache.lengths_R.tolist()):
-                old = max(0, length - newest) // block  # full blocks without a new token
-                hot = cache.pool.slots.hot_N[cache.layout.blocks_of(lane)] >= 0
-                assert hot.tolist() == [number >= old for number in range(-(-length // block))]
-        live = [*live[-5:], (cache, oracle, end)]
-        for old_cache, known, _ in live:
-            assert_same(old_cache, known)
 
 
 @pytest.mark.parametrize("window", [None, 40])

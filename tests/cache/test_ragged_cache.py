@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from longctx.attention.kernels.base import Scoring
+from longctx.cache import blocks
 from longctx.cache.attend import attend, visible_slices
 from longctx.cache.codec import Codec
+from longctx.cache.layout import SPARE
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
+from longctx.cache.tiers import TieredPool
 from longctx.errors import ConfigError, UnsupportedError
 
 F64 = torch.empty(0, dtype=torch.float64)
@@ -58,32 +61,102 @@ def drawn(generator: torch.Generator, batch: int, tokens: int, heads: int, size:
     return k, v
 
 
+def naive(q: Tensor, oracle: Lanes, at: Tensor, scoring: Scoring, window: int | None = None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"))
+    group = q.shape[2] * len(q) // len(oracle.rows)
+    for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        lane = oracle.rows[b * (q.shape[2] // group) + h // group]
+        seen = [r for r in lane if r[2] <= at[b, t] and (window is None or r[2] > at[b, t] - window)]
+        if seen:
+            score = torch.stack([q[b, t, h] @ row[0] for row in seen]) * scoring.scale
+            score = score if scoring.softcap is None else scoring.softcap * (score / scoring.softcap).tanh()
+            lse[b, t, h] = score.logsumexp(0)
+            out[b, t, h] = score.softmax(0) @ torch.stack([row[1] for row in seen])
+    return out, lse
+
+
+def is_split(cache: RaggedKV) -> bool:
+    """Whether full blocks without a new token lie on the host, and all others on the device, with few to spare."""
+    assert isinstance(cache.pool, TieredPool) and cache.options.offload is not None
+    newest, block = cache.options.offload, cache.options.block
+    most = len(cache.lengths_R) * (-(-newest // block) + 1)
+    assert cache.pool.hot.capacity <= most + most // SPARE
+    for lane, length in enumerate(cache.lengths_R.tolist()):
+        hot = cache.pool.slots.hot_N[cache.layout.blocks_of(lane)] >= 0
+        if hot.tolist() != [number >= max(0, length - newest) // block for number in range(-(-length // block))]:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("block", [1, 4])
-def test_any_course_of_operations_gives_what_lists_give(block: int, seed: int) -> None:
+@pytest.mark.parametrize("newest", [None, 0, 5, 12])
+def test_any_course_of_operations_gives_what_lists_give(block: int, newest: int | None, seed: int) -> None:
     """Forks that go apart, roll-backs, evictions and rows of different lengths; all caches stay as they were."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    batch, heads = 2, 3
-    live = [(RaggedKV.empty(batch, heads, 6, F64, CacheOptions(block=block)), Lanes(batch * heads), 0)]
+    batch, heads, options = 2, 3, CacheOptions(block=block, offload=newest)
+    live = [(RaggedKV.empty(batch, heads, 6, F64, options), Lanes(batch * heads), 0)]
     for _ in range(40):
         cache, oracle, end = draw.choice(live)
-        action = draw.choice(["append", "append", "append", "truncate", "evict"])
+        action = draw.choice(["append", "append", "step", "step", "truncate", "evict"])
         if action == "append":
             counts = [draw.randrange(0, 8) for _ in range(batch)]
             k, v = drawn(generator, batch, 7, heads)
             position = torch.arange(end, end + 7).expand(batch, 7)
             cache = cache.append(k, v, position, torch.tensor(counts))
             oracle, end = oracle.append(k, v, position, counts), end + 7
+        elif action == "step":
+            k, v = drawn(generator, batch, 1, heads)
+            position = torch.full((batch, 1), end)
+            cache, oracle, end = cache.append(k, v, position), oracle.append(k, v, position, [1, 1]), end + 1
+            q = torch.randn(batch, 1, 2 * heads, 6, generator=generator, dtype=torch.float64)
+            found, wanted = (
+                attend(q, cache, position, Scoring(0.4), None, True),
+                naive(q, oracle, position, Scoring(0.4)),
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         elif action == "truncate":
-            before = draw.randrange(max(0, end - 9), end + 1)
+            before = draw.randrange(max(0, end - 30), end + 1)
             cache, oracle, end = cache.truncated(before), oracle.truncated(before), before
         else:
             masks = [torch.rand(len(lane), generator=generator) < 0.7 for lane in oracle.rows]
             cache, oracle = cache.kept(masks), oracle.kept(masks)
             # Memory is really freed: no block more than the tokens need.
             assert cache.pool.capacity == cache.blocks == sum(-(-len(lane) // block) for lane in oracle.rows)
+        assert newest is None or action == "truncate" or is_split(cache)
         live = [*live[-5:], (cache, oracle, end)]
         for old, known, _ in live:
             assert_same(old, known)
+
+
+@pytest.mark.parametrize("batch, heads", [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_even_lanes_decode_as_lists_do(batch: int, heads: int, softcap: float | None, seed: int) -> None:
+    """A prompt in chunks and steps over several blocks; evictions that leave even lanes, and such that do not."""
+    draw, generator, scoring = random.Random(seed), torch.Generator().manual_seed(seed), Scoring(0.4, softcap)
+    cache, oracle, end = RaggedKV.empty(batch, heads, 6, F64, CacheOptions(block=4)), Lanes(batch * heads), 0
+
+    def step(tokens: int) -> bool:
+        nonlocal cache, oracle, end
+        k, v = drawn(generator, batch, tokens, heads)
+        position = torch.arange(end, end + tokens).expand(batch, -1)
+        cache, oracle = cache.append(k, v, position), oracle.append(k, v, position, [tokens] * batch)
+        end += tokens
+        q, at = torch.randn(batch, 1, 2 * heads, 6, generator=generator, dtype=torch.float64), position[:, -1:]
+        found, wanted = attend(q, cache, at, scoring, None, True), naive(q, oracle, at, scoring)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        return blocks._even(cache.layout) is not None
+
+    assert all(step(tokens) for tokens in (draw.randrange(1, 30), 12, *[1] * 10, draw.randrange(1, 30), *[1] * 10))
+    stays = torch.rand(end, generator=generator) < 0.6
+    masks = [stays] * (batch * heads)
+    cache, oracle = cache.kept(masks), oracle.kept(masks)
+    assert all(step(1) for _ in range(10))
+    cache, oracle = cache.truncated(end - 7), oracle.truncated(end - 7)
+    end -= 7
+    assert all(step(1) for _ in range(10))
+    masks = [torch.arange(len(oracle.rows[0])) >= lane for lane in range(batch * heads)]
+    cache, oracle = cache.kept(masks), oracle.kept(masks)
+    assert [step(1) for _ in range(5)] == [batch * heads == 1] * 5
 
 
 def test_appending_shares_blocks_and_copies_only_where_forks_differ(seed: int) -> None:
@@ -97,20 +170,6 @@ def test_appending_shares_blocks_and_copies_only_where_forks_differ(seed: int) -
     assert fork.pool is not first.pool
     del second
     assert first.append(k, v, position + 5).pool is first.pool  # nobody else sees what is overwritten
-
-
-def naive(q: Tensor, oracle: Lanes, at: Tensor, scoring: Scoring, window: int | None) -> tuple[Tensor, Tensor]:
-    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"))
-    group = q.shape[2] * len(q) // len(oracle.rows)
-    for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        lane = oracle.rows[b * (q.shape[2] // group) + h // group]
-        seen = [r for r in lane if r[2] <= at[b, t] and (window is None or r[2] > at[b, t] - window)]
-        if seen:
-            score = torch.stack([q[b, t, h] @ row[0] for row in seen]) * scoring.scale
-            score = score if scoring.softcap is None else scoring.softcap * (score / scoring.softcap).tanh()
-            lse[b, t, h] = score.logsumexp(0)
-            out[b, t, h] = score.softmax(0) @ torch.stack([row[1] for row in seen])
-    return out, lse
 
 
 @pytest.mark.parametrize("window", [None, 5])
