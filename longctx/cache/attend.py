@@ -19,7 +19,7 @@ from longctx.attention.kernels import Scoring, choose_kernel
 from longctx.attention.local import Partial
 from longctx.attention.merge import add_sink_, merge_
 from longctx.attention.tree import tree_merge
-from longctx.cache.blocks import over_blocks, parts, visible_blocks
+from longctx.cache.blocks import even_lanes, over_blocks, over_even, parts, visible_blocks, weighted_even
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.search import searched
 from longctx.errors import UnsupportedError
@@ -32,6 +32,7 @@ _FEW = 64
 """Queries per lane up to which blocks are worked on all at once."""
 
 
+@torch.no_grad()
 def cached_attention(
     q_BTHE: Tensor, cache: RaggedKV, context: SequenceContext, *, window: int | None = None,
     sink_H: Tensor | None = None, scale: float | None = None, softcap: float | None = None,
@@ -49,6 +50,12 @@ def cached_attention(
         raise ValueError(f"the cache has seen {cache.seen} tokens, the context has {context.length}")
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
     newest = q_BTHE.shape[1] == 1  # the context ends with the queries
+    whole = window is None and cache.options.owns_all and cache.options.search is None
+    if newest and whole and sink_H is None and bias_2KE is None:
+        even = even_lanes(cache.pool, cache.layout, _most_blocks(q_BTHE, cache))
+        if even is not None:  # so it is in most steps: no more than needed is done
+            q_RQE = q_BTHE.reshape(len(cache.lengths_R), -1, q_BTHE.shape[3])
+            return weighted_even(q_RQE, even, scoring)[0].view(q_BTHE.shape).to(q_BTHE.dtype)
     out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window, newest)
     if sink_H is None and bias_2KE is None:
         return out_BTHE.to(q_BTHE.dtype)
@@ -148,18 +155,26 @@ def _block_by_block(
     q_BTHE: Tensor, cache: RaggedKV, position_BT: Tensor, scoring: Scoring, window: int | None, newest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """All blocks of a storage at once, in parts of at most :data:`_SCORES` scores."""
-    q_RQE = _of_lanes(q_BTHE, cache.kv_heads)
-    at_RQ = None if newest and window is None else _places(q_BTHE, position_BT, cache.kv_heads)
-    step = max(1, _SCORES // max(1, cache.pool.block * q_RQE.shape[1]))
+    q_RQE, newest = _of_lanes(q_BTHE, cache.kv_heads), newest and window is None
+    most = _most_blocks(q_BTHE, cache)
+    even = even_lanes(cache.pool, cache.layout, most) if newest else None
+    if even is not None:
+        return _of_rows(*over_even(q_RQE, even, scoring), q_BTHE.shape[1], cache.kv_heads)
+    at_RQ = None if newest else _places(q_BTHE, position_BT, cache.kv_heads)
     partials = (
         over_blocks(q_RQE, at_RQ, held, part, scoring, window)
         for held in cache.pool.held(cache.layout)
-        for part in parts(visible_blocks(held, at_RQ, window), held.layout.capacity, min(step, held.store.step))
+        for part in parts(visible_blocks(held, at_RQ, window), held.layout.capacity, min(most, held.store.step))
     )
     out_RQE, lse_RQ = next(partials)
     for partial in partials:
         merge_(out_RQE, lse_RQ, *partial)
     return _of_rows(out_RQE, lse_RQ, q_BTHE.shape[1], cache.kv_heads)
+
+
+def _most_blocks(q_BTHE: Tensor, cache: RaggedKV) -> int:
+    """How many are worked on at once."""
+    return max(1, _SCORES * cache.kv_heads // max(1, cache.pool.block * q_BTHE.shape[1] * q_BTHE.shape[2]))
 
 
 def _by_search(

@@ -2,8 +2,8 @@
 
 One batched product of the queries with the keys of their lane, a softmax over all blocks of a lane, and a second
 product. Blocks lie in any order: where long runs of them are of one lane, a run is one factor; where all lanes are
-even (:func:`_even`) the softmax is over neighbours in memory; else its maxima and sums are scattered. The cost is that
-of the blocks in use; beside them it holds one score per key and query.
+even (:class:`Even`) the softmax is over neighbours in memory; else its maxima and sums are scattered. The cost is
+that of the blocks in use; beside them it holds one score per key and query.
 
 Legend: R lanes, Q queries of a lane, N blocks, n of them, C tokens per block, E head dim, M tokens of a run of blocks.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longctx.attention.kernels import Scoring
 from longctx.cache.layout import BlockLayout
-from longctx.cache.pool import Held, Part, taken
+from longctx.cache.pool import Held, Part, Pool, taken
 
 _LONG = 8
 """Blocks per group of runs from which on they are worked on by group, and of a piece of a run, at most."""
@@ -49,13 +49,9 @@ def over_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Out [R, Q, E] and log-sum-exp [R, Q] over some blocks; without ``at_RQ`` the queries see all of them."""
     device, wide, layout = q_RQE.device, torch.promote_types(q_RQE.dtype, torch.float32), held.layout
-    k_nCE, v_nCE = held.store.read(part, device)
-    if at_RQ is None and isinstance(part, slice) and part == slice(0, layout.capacity):
-        even = layout.of_blocks("even", lambda: _even(layout))
-        if even is not None:
-            return _over_even(q_RQE, k_nCE, v_nCE, even, int(layout.lengths_R[0]), scoring)
     owner_N = layout.of_blocks(("owner", device), lambda: layout.owner_N.clamp_min(0).to(device))
     owner_n = taken(owner_N, part, device)
+    k_nCE, v_nCE = held.store.read(part, device)
     groups = _groups(layout, part, owner_n)
     score_nCQ = _capped(_scores(q_RQE * scoring.scale, k_nCE, groups).to(wide), scoring)
     _hide(score_nCQ, at_RQ, owner_n, held, part, window)
@@ -72,71 +68,87 @@ def _capped(scores: Tensor, scoring: Scoring) -> Tensor:
 
 
 class Rounds(NamedTuple):
-    """From block ``start`` on ``rounds`` times a run of ``length`` blocks of every lane, lanes in order."""
+    """From block ``start`` to ``stop``, ``rounds`` times a run of as many blocks of every lane, lanes in order."""
 
     start: int
+    stop: int
     rounds: int
-    length: int
-
-    def of(self, rows_nCE: Tensor, lanes: int) -> Tensor:
-        """The rows [rounds x R, M, E] of every run."""
-        rows_mCE = rows_nCE[self.start : self.start + self.rounds * lanes * self.length]
-        return rows_mCE.view(self.rounds * lanes, -1, rows_nCE.shape[2])
 
 
-def _even(layout: BlockLayout) -> list[Rounds] | None:
-    """The blocks of all lanes, if these have as many tokens each, all here, and only places behind them are free.
+class Even(NamedTuple):
+    """The blocks of all lanes, where these have ``tokens`` each and only places behind them are free.
 
     So it is where rows of one length decode, until tokens are evicted.
     """
+
+    store: Pool
+    rounds: list[Rounds]
+    tokens: int
+
+
+def even_lanes(pool: Pool, layout: BlockLayout, most: int) -> Even | None:
+    """What a pool holds, if its lanes are even and it is one storage of at most so many blocks."""
+    storages = pool.held(layout)
+    if len(storages) > 1 or layout.capacity > most:
+        return None
+    store, own = storages[0]
+    rounds = own.of_blocks("even", lambda: _even_rounds(own))
+    return None if rounds is None else Even(store, rounds, int(own.lengths_R[0]))
+
+
+def _even_rounds(layout: BlockLayout) -> list[Rounds] | None:
     lanes, lengths_R, owner_N = layout.lanes, layout.lengths_R, layout.owner_N.numpy()
     edges = np.flatnonzero(np.diff(owner_N, prepend=-2, append=-2))
     lane_r, length_r = owner_N[edges[:-1]], np.diff(edges)
     cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
-    found = []
+    found, blocks = [], 0
     for first, behind in pairwise(cuts.tolist()):
         if lane_r[first] < 0:
             continue
         rounds, rest = divmod(behind - first, lanes)
         if rest or (lane_r[first:behind].reshape(rounds, lanes) != np.arange(lanes)).any():
             return None
-        found.append(Rounds(int(edges[first]), rounds, int(length_r[first])))
-    there = layout.block * sum(rounds.rounds * rounds.length for rounds in found)
-    if not found or bool((lengths_R != lengths_R[0]).any()) or there < lengths_R[0]:
+        found.append(Rounds(int(edges[first]), int(edges[behind]), rounds))
+        blocks, length = blocks + rounds * int(length_r[first]), int(length_r[first])
+    if not found or bool((lengths_R != lengths_R[0]).any()) or blocks * layout.block < lengths_R[0]:
         return None
-    start, rounds, length = found[-1]
-    last_R = start + length * ((rounds - 1) * lanes + torch.arange(1, lanes + 1)) - 1
+    last_R = found[-1].stop - 1 - length * torch.arange(lanes - 1, -1, -1)
     return found if torch.equal(last_R, layout.last_R) else None
 
 
-def _over_even(
-    q_RQE: Tensor, k_nCE: Tensor, v_nCE: Tensor, even: list[Rounds], tokens: int, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    """:func:`over_blocks` where all lanes have ``tokens``: those of a lane and query are neighbours, here alone."""
+def over_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """:func:`over_blocks` of even lanes."""
+    out_RQE, score_RQM, weight_RQM = weighted_even(q_RQE, even, scoring)
+    return out_RQE, score_RQM.amax(-1) - weight_RQM.amax(-1).log()
+
+
+def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    """Out [R, Q, E], and scores and weights [R, Q, M] of every place; those of a query are neighbours.
+
+    Most texts are decoded here, and where little is cached the time is that of the number of operations.
+    """
     lanes, queries, size = q_RQE.shape
     wide, scaled_RQE = torch.promote_types(q_RQE.dtype, torch.float32), q_RQE * scoring.scale
+    k_nCE, v_nCE = even.store.read(slice(0, even.rounds[-1].stop), q_RQE.device)
     scores = []
-    for rounds in even:
-        score_gQM = torch.bmm(scaled_RQE.repeat(rounds.rounds, 1, 1), rounds.of(k_nCE, lanes).mT)
-        scores.append(score_gQM.view(rounds.rounds, lanes, queries, -1).permute(1, 2, 0, 3).flatten(2))
+    for start, stop, rounds in even.rounds:  # keys first: few rows times many columns take twice as long
+        k_gME = k_nCE[start:stop].view(rounds * lanes, -1, size)
+        if rounds == 1:
+            scores.append(torch.bmm(k_gME, scaled_RQE.mT).mT)
+        else:
+            score_gMQ = torch.bmm(k_gME, scaled_RQE.repeat(rounds, 1, 1).mT)
+            scores.append(score_gMQ.view(rounds, lanes, -1, queries).permute(1, 3, 0, 2).flatten(2))
     score_RQM = _capped(torch.cat(scores, dim=2).to(wide), scoring)
-    score_RQM[..., tokens:] = float("-inf")
+    score_RQM[..., even.tokens :] = float("-inf")
     weight_RQM = score_RQM.softmax(-1)
-    lse_RQ = score_RQM.amax(-1) - weight_RQM.amax(-1).log()
-    weights = torch.split(weight_RQM.to(v_nCE.dtype), [some_RQM.shape[2] for some_RQM in scores], dim=2)
-    out_RQE = torch.zeros_like(q_RQE, dtype=wide)
-    for rounds, some_RQM in zip(even, weights, strict=True):
-        pieces = _pieces(rounds.length)  # which threads share
-        weight_RQrpM = some_RQM.view(lanes, queries, rounds.rounds, pieces, -1)
-        weight_pQM = weight_RQrpM.permute(2, 0, 3, 1, 4).flatten(0, 2)
-        v_pME = rounds.of(v_nCE, lanes).reshape(len(weight_pQM), -1, size)
-        out_pQE = torch.bmm(weight_pQM, v_pME).to(wide)
-        out_RQE += out_pQE.view(rounds.rounds, lanes, pieces, queries, size).sum((0, 2))
-    return out_RQE, lse_RQ
-
-
-def _pieces(blocks: int) -> int:
-    return max(n for n in range(1, _LONG + 1) if blocks % n == 0)
+    cast_RQM, at, parts_RQE = weight_RQM.to(v_nCE.dtype), 0, []
+    for (start, stop, rounds), some_RQM in zip(even.rounds, scores, strict=True):
+        weight_gQM, at = cast_RQM[..., at : at + some_RQM.shape[2]], at + some_RQM.shape[2]
+        if rounds > 1:
+            weight_gQM = weight_gQM.view(lanes, queries, rounds, -1).permute(2, 0, 1, 3).flatten(0, 1)
+        part_gQE = torch.bmm(weight_gQM, v_nCE[start:stop].view(rounds * lanes, -1, size)).to(wide)
+        parts_RQE.append(part_gQE if rounds == 1 else part_gQE.view(rounds, lanes, queries, size).sum(0))
+    return sum(parts_RQE[1:], parts_RQE[0]), score_RQM, weight_RQM
 
 
 class Group(NamedTuple):
@@ -174,7 +186,7 @@ def _groups(layout: BlockLayout, part: Part, owner_n: Tensor) -> list[Group]:
         for first, behind in pairwise(cuts.tolist()):
             if lane_r[first] >= 0:
                 length, lane_g = int(length_r[first]), torch.from_numpy(lane_r[first:behind]).to(owner_n.device)
-                pieces = _pieces(length)
+                pieces = max(n for n in range(1, _LONG + 1) if length % n == 0)
                 piece_p = lane_g.repeat_interleave(length // pieces)
                 found.append(Group(int(edges[first]), int(edges[behind]), length, lane_g, pieces, piece_p))
         return found

@@ -101,6 +101,11 @@ class BlockLayout:
         )
         return behind_N
 
+    def covers(self, other: "BlockLayout") -> bool:
+        """Whether no lane of ``other`` has more tokens."""
+        found: bool = self.once(other, lambda: bool((other.lengths_R <= self.lengths_R).all()))
+        return found
+
     def blocks_of(self, lane: int) -> Tensor:
         """Ids of the blocks of a lane, in order."""
 

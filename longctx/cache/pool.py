@@ -8,7 +8,7 @@ Legend: N blocks, C tokens per block, R lanes, E head dim, T new tokens; n of an
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -53,7 +53,7 @@ class Pool:
         self.v: Stored = codec.encode(none_E.new_empty(0, block, none_E.shape[-1]))
         self.position_NC = torch.empty(0, block, dtype=torch.int32, device=none_E.device)
         self.worth_NC = torch.empty(0, block, device=none_E.device) if worth else None
-        self.users: WeakSet[object] = WeakSet()
+        self.users: WeakSet[Any] = WeakSet()
         self.pinned, self.step = pinned, sys.maxsize
 
     @property
@@ -120,20 +120,18 @@ class Pool:
         """All storages with what a layout says of them, one at least."""
         return [Held(self, layout)]
 
-    def write(self, layout: BlockLayout, k_RTE: Tensor, v_RTE: Tensor, position_RT: Tensor) -> None:
-        """Put tokens to the places where they were appended to a layout last."""
+    def write(self, layout: BlockLayout, tokens: int, k_mE: Tensor, v_mE: Tensor, position_m: Tensor) -> None:
+        """Put rows of ``tokens`` per lane to the places where they were appended to a layout last."""
         self.reserve(layout)
         lane_n, token_n, block_n, offset_n = layout.came
-        rows = [x.flatten(0, 1) for x in (k_RTE, v_RTE, position_RT.to(k_RTE.device, torch.int32))]
         for store, some, slot_n in self.found(block_n):
-            new_rows = rows
-            if len(slot_n) < len(rows[0]):  # else all come, in order
-                row_n = (lane_n[some] * k_RTE.shape[1] + token_n[some]).to(k_RTE.device)
-                new_rows = [x_m[row_n] for x_m in rows]
-            k_nE, v_nE, position_n = new_rows
-            new = (*self.codec.encode(k_nE), *self.codec.encode(v_nE))
+            k_nE, v_nE, position_n = k_mE, v_mE, position_m
+            if len(slot_n) < len(position_m):  # else all come, in order
+                row_n = (lane_n[some] * tokens + token_n[some]).to(k_mE.device)
+                k_nE, v_nE, position_n = k_mE[row_n], v_mE[row_n], position_m.to(k_mE.device)[row_n]
+            new = (*self.codec.encode(k_nE), *self.codec.encode(v_nE), position_n)
             worth = () if self.worth_NC is None else (torch.full(position_n.shape, torch.nan),)
-            store.lay((slot_n, offset_n[some]), (*new, position_n, *worth))
+            store.lay((slot_n, offset_n[some]), (*new, *worth))
 
     def tell(self, block_n: Tensor, offset_n: Tensor, worth_n: Tensor) -> None:
         """What tokens are worth."""
@@ -204,7 +202,7 @@ class Pool:
         """Put what :meth:`lifted` gave, from any device."""
         at = tuple(index.to(self.device) for index in slots)
         for tensor, value in zip(self._tensors(), values, strict=True):
-            tensor[at] = value.to(self.device)
+            tensor.index_put_(at, value.to(self.device))
 
     def _tensors(self) -> list[Tensor]:
         told = [] if self.worth_NC is None else [self.worth_NC]
@@ -228,4 +226,4 @@ def taken(tensor: Tensor, part: Part, device: torch.device) -> Tensor:
     """Some slots of a tensor on a device; neighbours that are there are not copied."""
     chosen = tensor[part] if isinstance(part, slice) else tensor[part.to(tensor.device)]
     # To a device the host need not wait; what comes to the host is read at once.
-    return chosen.to(device, non_blocking=device.type != "cpu")
+    return chosen if chosen.device == device else chosen.to(device, non_blocking=device.type != "cpu")

@@ -121,8 +121,8 @@ class RaggedKV:
         if self.options.search is not None:
             k_BTKE = self.options.search.keys(k_BTKE)
         batch, tokens, heads, size = k_BTKE.shape
-        k_RTE, v_RTE = (x.transpose(1, 2).reshape(batch * heads, tokens, size) for x in (k_BTKE, v_BTKE))
-        position_RT = position_BT[:, None].expand(batch, heads, tokens).flatten(0, 1)
+        k_mE, v_mE = k_BTKE.transpose(1, 2).reshape(-1, size), v_BTKE.transpose(1, 2).reshape(-1, size)
+        position_m = position_BT.to(torch.int32)[:, None].expand(batch, heads, tokens).flatten()
         if self.options.owns_all and counts_B is None and taken_BTK is None:
             layout = self.layout.extended(tokens)
         else:
@@ -134,7 +134,7 @@ class RaggedKV:
                 taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
             layout, _ = self.layout.append(taken_RT)
         pool = self._own_pool()
-        pool.write(layout, k_RTE, v_RTE, position_RT)
+        pool.write(layout, tokens, k_mE, v_mE, position_m)
         return self._with(pool, layout, seen=self.seen + tokens)
 
     def valued(self, worth_BT: Tensor) -> "RaggedKV":
@@ -419,8 +419,7 @@ class RaggedKV:
 
     def _own_pool(self) -> Pool:
         """The pool, if nobody else sees what lies behind these tokens."""
-        others = (user for user in self.pool.users if isinstance(user, RaggedKV) and user.layout is not self.layout)
-        if all(bool((user.lengths_R <= self.lengths_R).all()) for user in others):
+        if all(user.layout is self.layout or self.layout.covers(user.layout) for user in self.pool.users):
             return self.pool
         return self.pool.copy(self.layout)
 

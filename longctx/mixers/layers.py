@@ -56,7 +56,10 @@ class RMSNorm(nn.Module):
         """Normalise ``x`` [..., D]; the result has the dtype of ``x``, times the weight."""
         # The view joins the two gradients of x before they meet others, so that recomputation adds in the same order.
         x = x.view_as(x)
-        precise = x if x.dtype == torch.float64 else x.float()
+        if x.dtype in (torch.float32, torch.float64):
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Rounded before the weight, as transformers does.
+        precise = x.float()
         scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (precise * scale).to(x.dtype)
 

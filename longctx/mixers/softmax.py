@@ -140,6 +140,9 @@ class SoftmaxMixer(Mixer):
             ("cos_sin", self.rope, context.rank, device, dtype),
             lambda: self.rope.cos_sin(context.positions(device), context.length, dtype),
         )
+        if tokens == 1:  # a step of decoding, bound by the number of operations
+            both = self.rope.rotate(torch.cat((q_BTHE, k_BTKE), dim=2), cos_sin)
+            return both[:, :, : self.heads], both[:, :, self.heads :], v_BTKE
         return self.rope.rotate(q_BTHE, cos_sin), self.rope.rotate(k_BTKE, cos_sin), v_BTKE
 
     def planned_traffic(self, context: SequenceContext, dtype: torch.dtype) -> list[Transfer]:

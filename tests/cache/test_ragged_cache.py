@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longctx.attention.kernels.base import Scoring
-from longctx.cache import blocks
 from longctx.cache.attend import attend, visible_slices
+from longctx.cache.blocks import even_lanes
 from longctx.cache.codec import Codec
 from longctx.cache.layout import SPARE
 from longctx.cache.options import CacheOptions
@@ -144,7 +144,7 @@ def test_even_lanes_decode_as_lists_do(batch: int, heads: int, softcap: float | 
         q, at = torch.randn(batch, 1, 2 * heads, 6, generator=generator, dtype=torch.float64), position[:, -1:]
         found, wanted = attend(q, cache, at, scoring, None, True), naive(q, oracle, at, scoring)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        return blocks._even(cache.layout) is not None
+        return even_lanes(cache.pool, cache.layout, 99) is not None
 
     assert all(step(tokens) for tokens in (draw.randrange(1, 30), 12, *[1] * 10, draw.randrange(1, 30), *[1] * 10))
     stays = torch.rand(end, generator=generator) < 0.6
