@@ -128,27 +128,34 @@ def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, 
     Most texts are decoded here, and where little is cached the time is that of the number of operations.
     """
     lanes, queries, size = q_RQE.shape
-    wide, scaled_RQE = torch.promote_types(q_RQE.dtype, torch.float32), q_RQE * scoring.scale
-    k_nCE, v_nCE = even.store.read(slice(0, even.rounds[-1].stop), q_RQE.device)
-    scores = []
-    for start, stop, rounds in even.rounds:  # keys first: few rows times many columns take twice as long
-        k_gME = k_nCE[start:stop].view(rounds * lanes, -1, size)
+    wide, q_REQ, scores, values = torch.promote_types(q_RQE.dtype, torch.float32), (q_RQE * scoring.scale).mT, [], []
+    for start, stop, rounds in even.rounds:
+        k_nCE, v_nCE = even.store.read(slice(start, stop), q_RQE.device)
+        values.append(v_nCE.view(rounds * lanes, -1, size))
+        # Keys first: few rows times many columns take twice as long.
+        k_gME = k_nCE.view(rounds * lanes, -1, size)
         if rounds == 1:
-            scores.append(torch.bmm(k_gME, scaled_RQE.mT).mT)
+            scores.append(torch.bmm(k_gME, q_REQ).mT)
         else:
-            score_gMQ = torch.bmm(k_gME, scaled_RQE.repeat(rounds, 1, 1).mT)
+            score_gMQ = torch.bmm(k_gME, q_REQ.mT.repeat(rounds, 1, 1).mT)
             scores.append(score_gMQ.view(rounds, lanes, -1, queries).permute(1, 3, 0, 2).flatten(2))
-    score_RQM = _capped(torch.cat(scores, dim=2).to(wide), scoring)
+    score_RQM = _capped(_as(torch.cat(scores, dim=2), wide), scoring)
     score_RQM[..., even.tokens :] = float("-inf")
     weight_RQM = score_RQM.softmax(-1)
-    cast_RQM, at, parts_RQE = weight_RQM.to(v_nCE.dtype), 0, []
-    for (start, stop, rounds), some_RQM in zip(even.rounds, scores, strict=True):
-        weight_gQM, at = cast_RQM[..., at : at + some_RQM.shape[2]], at + some_RQM.shape[2]
+    cast_RQM, at, parts_RQE = _as(weight_RQM, values[0].dtype), 0, []
+    for (_, _, rounds), v_gME in zip(even.rounds, values, strict=True):
+        places = rounds * v_gME.shape[1]
+        weight_gQM, at = cast_RQM[..., at : at + places], at + places
         if rounds > 1:
             weight_gQM = weight_gQM.view(lanes, queries, rounds, -1).permute(2, 0, 1, 3).flatten(0, 1)
-        part_gQE = torch.bmm(weight_gQM, v_nCE[start:stop].view(rounds * lanes, -1, size)).to(wide)
+        part_gQE = _as(torch.bmm(weight_gQM, v_gME), wide)
         parts_RQE.append(part_gQE if rounds == 1 else part_gQE.view(rounds, lanes, queries, size).sum(0))
     return sum(parts_RQE[1:], parts_RQE[0]), score_RQM, weight_RQM
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a dtype; where it is that already, without the price of an operation."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class Group(NamedTuple):

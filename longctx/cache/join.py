@@ -60,9 +60,10 @@ def picked(cache: RaggedKV, rows: Sequence[int]) -> RaggedKV:
     fewer = compact.once(("lanes", tuple(lanes)), lambda: _picked_layout(compact, lanes))
     short = tuple(cache.short[row] for row in rows) if cache.short else ()
     queries = None if cache.queries_BHWE is None else cache.queries_BHWE[list(rows)]
+    origin = None if cache.origin is None else cache.origin.of(lanes)
     return RaggedKV(
-        pool, cache.options, heads, fewer, cache.seen, cache.window, cache.settled, queries, cache.rotation,
-        short=short, since=cache.since,
+        pool, cache.options, heads, fewer, cache.seen, cache.window, cache.settled, queries, cache.rotation, origin,
+        short, defers=cache.defers, since=cache.since,
     )  # fmt: skip
 
 

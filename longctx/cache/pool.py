@@ -200,9 +200,10 @@ class Pool:
 
     def lay(self, slots: tuple[Tensor, ...], values: Sequence[Tensor]) -> None:
         """Put what :meth:`lifted` gave, from any device."""
-        at = tuple(index.to(self.device) for index in slots)
+        if self.device.type != "cpu" or values[0].device.type != "cpu":  # else all are where they belong
+            slots, values = tuple(index.to(self.device) for index in slots), [t.to(self.device) for t in values]
         for tensor, value in zip(self._tensors(), values, strict=True):
-            tensor.index_put_(at, value.to(self.device))
+            tensor.index_put_(slots, value)
 
     def _tensors(self) -> list[Tensor]:
         told = [] if self.worth_NC is None else [self.worth_NC]

@@ -121,7 +121,9 @@ class RaggedKV:
         if self.options.search is not None:
             k_BTKE = self.options.search.keys(k_BTKE)
         batch, tokens, heads, size = k_BTKE.shape
-        k_mE, v_mE = k_BTKE.transpose(1, 2).reshape(-1, size), v_BTKE.transpose(1, 2).reshape(-1, size)
+        if tokens > 1:
+            k_BTKE, v_BTKE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
+        k_mE, v_mE = k_BTKE.reshape(-1, size), v_BTKE.reshape(-1, size)
         position_m = position_BT.to(torch.int32)[:, None].expand(batch, heads, tokens).flatten()
         if self.options.owns_all and counts_B is None and taken_BTK is None:
             layout = self.layout.extended(tokens)

@@ -101,6 +101,12 @@ class Origin(NamedTuple):
         k = pool.codec.encode(pool.none_E.new_empty(0, len(pool.none_E)))
         return cls(k, none, torch.zeros(lanes, dtype=torch.int64))
 
+    def of(self, lanes: Sequence[int]) -> "Origin":
+        """That of some lanes."""
+        by_lane = torch.split(torch.arange(len(self.by_m)), self.counts_R.tolist())
+        row_m = torch.cat([by_lane[lane] for lane in lanes])
+        return Origin(tuple(t[row_m.to(t.device)] for t in self.k), self.by_m[row_m], self.counts_R[list(lanes)])
+
 
 def close_gaps(
     pool: Pool, layout: BlockLayout, rotation: Rotation, by: Sequence[Tensor], kept: Sequence[Tensor],

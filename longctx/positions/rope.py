@@ -114,11 +114,10 @@ class RotaryEmbedding:
     def rotate(self, x_BTHE: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate queries or keys by the angles of :meth:`cos_sin`; the result has the dtype of ``x_BTHE``."""
         cos, sin = cos_sin
-        first, second = x_BTHE[..., : self.rotary_dim].chunk(2, dim=-1)
+        whole = self.rotary_dim == x_BTHE.shape[-1]
+        first, second = (x_BTHE if whole else x_BTHE[..., : self.rotary_dim]).chunk(2, dim=-1)
         out_BTHR = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
-        if self.rotary_dim == x_BTHE.shape[-1]:
-            return out_BTHR
-        return torch.cat((out_BTHR, x_BTHE[..., self.rotary_dim :]), dim=-1)
+        return out_BTHR if whole else torch.cat((out_BTHR, x_BTHE[..., self.rotary_dim :]), dim=-1)
 
     def _original_length(self) -> int:
         """Length the frequencies were trained at; dynamic scaling measures against ``max_position_embeddings``."""
