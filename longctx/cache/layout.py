@@ -9,7 +9,7 @@ Legend: R lanes (a row of the batch and a kv head each), N blocks, C tokens per 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class BlockLayout:
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     # Weakly: a long text would else keep a layout for each of its tokens.
     _after: WeakValueDictionary[Any, "BlockLayout"] = field(default_factory=WeakValueDictionary, init=False, repr=False)
+    _covers: WeakKeyDictionary["BlockLayout", bool] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
     @staticmethod
     def empty(lanes: int, block: int) -> "BlockLayout":
@@ -103,8 +104,9 @@ class BlockLayout:
 
     def covers(self, other: "BlockLayout") -> bool:
         """Whether no lane of ``other`` has more tokens."""
-        found: bool = self.once(other, lambda: bool((other.lengths_R <= self.lengths_R).all()))
-        return found
+        if other not in self._covers:
+            self._covers[other] = bool((other.lengths_R <= self.lengths_R).all())
+        return self._covers[other]
 
     def blocks_of(self, lane: int) -> Tensor:
         """Ids of the blocks of a lane, in order."""

@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, K kv heads, H query heads, E head dim, R = B x K 
 """
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -126,6 +127,16 @@ def test_any_course_of_operations_gives_what_lists_give(block: int, newest: int 
         live = [*live[-5:], (cache, oracle, end)]
         for old, known, _ in live:
             assert_same(old, known)
+
+
+def test_who_keeps_one_state_back_keeps_no_more() -> None:
+    """Layouts of a long text must not hold one another."""
+    k, caches = torch.zeros(1, 1, 2, 6, dtype=torch.float64), [RaggedKV.empty(1, 2, 6, F64)]
+    layouts = []
+    for at in range(6):
+        caches = [*caches[-1:], caches[-1].append(k, k, torch.tensor([[at]]))]
+        layouts.append(weakref.ref(caches[-1].layout))
+    assert [layout() is None for layout in layouts] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("batch, heads", [(1, 1), (1, 3), (2, 2)])
