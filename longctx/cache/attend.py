@@ -49,13 +49,13 @@ def cached_attention(
     if cache.seen != context.length:
         raise ValueError(f"the cache has seen {cache.seen} tokens, the context has {context.length}")
     scoring = Scoring(q_BTHE.shape[3] ** -0.5 if scale is None else scale, softcap)
-    newest = q_BTHE.shape[1] == 1  # the context ends with the queries
+    tokens, newest = q_BTHE.shape[1], q_BTHE.shape[1] == 1  # the context ends with the queries
     whole = window is None and cache.options.owns_all and cache.options.search is None
-    if newest and whole and sink_H is None and bias_2KE is None:
+    if whole and sink_H is None and bias_2KE is None and tokens * q_BTHE.shape[2] <= _FEW * cache.kv_heads:
         even = even_lanes(cache.pool, cache.layout, _most_blocks(q_BTHE, cache))
         if even is not None:  # so it is in most steps: no more than needed is done
-            q_RQE = q_BTHE.reshape(len(cache.lengths_R), -1, q_BTHE.shape[3])
-            return weighted_even(q_RQE, even, scoring)[0].view(q_BTHE.shape).to(q_BTHE.dtype)
+            out_RQE, _, _ = weighted_even(_of_lanes(q_BTHE, cache.kv_heads), even, scoring, tokens)
+            return _of_rows(out_RQE, tokens, cache.kv_heads).to(q_BTHE.dtype)
     out_BTHE, lse_BTH = attend(q_BTHE, cache, context.positions(q_BTHE.device), scoring, window, newest)
     if sink_H is None and bias_2KE is None:
         return out_BTHE.to(q_BTHE.dtype)
@@ -159,7 +159,7 @@ def _block_by_block(
     most = _most_blocks(q_BTHE, cache)
     even = even_lanes(cache.pool, cache.layout, most) if newest else None
     if even is not None:
-        return _of_rows(*over_even(q_RQE, even, scoring), q_BTHE.shape[1], cache.kv_heads)
+        return _both_of_rows(*over_even(q_RQE, even, scoring), q_BTHE.shape[1], cache.kv_heads)
     at_RQ = None if newest else _places(q_BTHE, position_BT, cache.kv_heads)
     partials = (
         over_blocks(q_RQE, at_RQ, held, part, scoring, window)
@@ -169,7 +169,7 @@ def _block_by_block(
     out_RQE, lse_RQ = next(partials)
     for partial in partials:
         merge_(out_RQE, lse_RQ, *partial)
-    return _of_rows(out_RQE, lse_RQ, q_BTHE.shape[1], cache.kv_heads)
+    return _both_of_rows(out_RQE, lse_RQ, q_BTHE.shape[1], cache.kv_heads)
 
 
 def _most_blocks(q_BTHE: Tensor, cache: RaggedKV) -> int:
@@ -182,7 +182,7 @@ def _by_search(
 ) -> tuple[Tensor, Tensor]:
     """The tokens that a search looks at."""
     q_RQE, at_RQ = _of_lanes(q_BTHE, cache.kv_heads), _places(q_BTHE, position_BT, cache.kv_heads)
-    return _of_rows(*searched(q_RQE, at_RQ, cache, scoring, window), q_BTHE.shape[1], cache.kv_heads)
+    return _both_of_rows(*searched(q_RQE, at_RQ, cache, scoring, window), q_BTHE.shape[1], cache.kv_heads)
 
 
 def _of_lanes(q_BTHE: Tensor, kv_heads: int) -> Tensor:
@@ -197,9 +197,13 @@ def _places(q_BTHE: Tensor, position_BT: Tensor, kv_heads: int) -> Tensor:
     return position_BT.repeat_interleave(kv_heads, dim=0).repeat(1, q_BTHE.shape[2] // kv_heads)
 
 
-def _of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Back again: out [B, T, H, E] and log-sum-exp [B, T, H]."""
+def _of_rows(out_RQE: Tensor, tokens: int, kv_heads: int) -> Tensor:
+    """Back again: out [B, T, H, E]."""
     lanes, queries, size = out_RQE.shape
-    shape = (lanes // kv_heads, kv_heads, queries // tokens, tokens)
-    out_BKGTE, lse_BKGT = out_RQE.view(*shape, size), lse_RQ.view(shape)
-    return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3), lse_BKGT.permute(0, 3, 1, 2).flatten(2)
+    out_BKGTE = out_RQE.view(lanes // kv_heads, kv_heads, queries // tokens, tokens, size)
+    return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _both_of_rows(out_RQE: Tensor, lse_RQ: Tensor, tokens: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp [B, T, H]."""
+    return _of_rows(out_RQE, tokens, kv_heads), _of_rows(lse_RQ[..., None], tokens, kv_heads)[..., 0]

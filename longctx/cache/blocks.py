@@ -122,10 +122,13 @@ def over_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, Tens
     return out_RQE, score_RQM.amax(-1) - weight_RQM.amax(-1).log()
 
 
-def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring, newest: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Out [R, Q, E], and scores and weights [R, Q, M] of every place; those of a query are neighbours.
 
     Most texts are decoded here, and where little is cached the time is that of the number of operations.
+
+    Args:
+        newest: how many of the last tokens of every lane the queries are of, each in its turn; causal.
     """
     lanes, queries, size = q_RQE.shape
     wide, q_REQ, scores, values = torch.promote_types(q_RQE.dtype, torch.float32), (q_RQE * scoring.scale).mT, [], []
@@ -141,6 +144,9 @@ def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, 
             scores.append(score_gMQ.view(rounds, lanes, -1, queries).permute(1, 3, 0, 2).flatten(2))
     score_RQM = _capped(_as(torch.cat(scores, dim=2), wide), scoring)
     score_RQM[..., even.tokens :] = float("-inf")
+    if newest > 1:
+        newest_RGTT = score_RQM.view(lanes, -1, newest, score_RQM.shape[2])[..., even.tokens - newest : even.tokens]
+        newest_RGTT.masked_fill_(_behind(newest, q_RQE.device), float("-inf"))
     weight_RQM = score_RQM.softmax(-1)
     cast_RQM, at, parts_RQE = _as(weight_RQM, values[0].dtype), 0, []
     for (_, _, rounds), v_gME in zip(even.rounds, values, strict=True):
@@ -151,6 +157,11 @@ def weighted_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, 
         part_gQE = _as(torch.bmm(weight_gQM, v_gME), wide)
         parts_RQE.append(part_gQE if rounds == 1 else part_gQE.view(rounds, lanes, queries, size).sum(0))
     return sum(parts_RQE[1:], parts_RQE[0]), score_RQM, weight_RQM
+
+
+def _behind(tokens: int, device: torch.device) -> Tensor:
+    """Which of so many tokens are behind which: [T, T]."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu_(1)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -168,12 +168,15 @@ class RaggedKV:
                     "the cache let queries go that it would need again; make it deferring before tokens that may go"
                 )
             queries_BHWE = queries_BHWE[:, :, : max(queries_BHWE.shape[2] - back, 0)]
-        layout, ids = self.layout, self.layout.held
-        # No lane has more tokens behind than were seen since.
-        ids = ids[layout.behind()[ids] < self.seen - before]
-        held_nC = torch.arange(layout.block) < layout.counts()[ids][:, None]
-        goes_nC = held_nC & (self.pool.positions(ids, torch.device("cpu")) >= before)
-        lengths_R = self.lengths_R.index_add(0, layout.owner_N[ids], goes_nC.sum(1), alpha=-1)
+        layout = self.layout
+        if bool((layout.lengths_R == self.seen).all()):  # every token is where it came
+            lengths_R = layout.lengths_R.clamp(max=before)
+        else:
+            # No lane has more tokens behind than were seen since.
+            ids = layout.held[layout.behind()[layout.held] < self.seen - before]
+            held_nC = torch.arange(layout.block) < layout.counts()[ids][:, None]
+            goes_nC = held_nC & (self.pool.positions(ids, torch.device("cpu")) >= before)
+            lengths_R = self.lengths_R.index_add(0, layout.owner_N[ids], goes_nC.sum(1), alpha=-1)
         layout, search = layout.cut(lengths_R), self.options.search
         cache = self._with(self.pool, layout, seen=self.seen - back, queries_BHWE=queries_BHWE)
         if search is not None:

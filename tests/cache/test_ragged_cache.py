@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention.kernels.base import Scoring
-from longctx.cache.attend import attend, visible_slices
+from longctx.cache.attend import attend, cached_attention, visible_slices
 from longctx.cache.blocks import even_lanes
 from longctx.cache.codec import Codec
 from longctx.cache.layout import SPARE
@@ -20,6 +20,7 @@ from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.tiers import TieredPool
 from longctx.errors import ConfigError, UnsupportedError
+from longctx.sequence.context import SequenceContext
 
 F64 = torch.empty(0, dtype=torch.float64)
 
@@ -152,9 +153,12 @@ def test_even_lanes_decode_as_lists_do(batch: int, heads: int, softcap: float | 
         position = torch.arange(end, end + tokens).expand(batch, -1)
         cache, oracle = cache.append(k, v, position), oracle.append(k, v, position, [tokens] * batch)
         end += tokens
-        q, at = torch.randn(batch, 1, 2 * heads, 6, generator=generator, dtype=torch.float64), position[:, -1:]
-        found, wanted = attend(q, cache, at, scoring, None, True), naive(q, oracle, at, scoring)
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        q = torch.randn(batch, tokens, 2 * heads, 6, generator=generator, dtype=torch.float64)
+        wanted, context = naive(q, oracle, position, scoring), SequenceContext.single(batch, end - tokens)
+        found = cached_attention(q, cache, context.extend(tokens), scale=scoring.scale, softcap=softcap)
+        torch.testing.assert_close(found, wanted[0], rtol=1e-12, atol=1e-12)
+        last = attend(q[:, -1:], cache, position[:, -1:], scoring, None, True)
+        torch.testing.assert_close(last, tuple(x[:, -1:] for x in wanted), rtol=1e-12, atol=1e-12)
         return even_lanes(cache.pool, cache.layout, 99) is not None
 
     assert all(step(tokens) for tokens in (draw.randrange(1, 30), 12, *[1] * 10, draw.randrange(1, 30), *[1] * 10))
