@@ -74,7 +74,7 @@ class BlockLayout:
         return self._made[key]
 
     def of_blocks(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The same of what stays while all lanes grow by as many tokens within the blocks that they have."""
+        """The same of what stays while all lanes grow or shrink by as many tokens within the blocks that they have."""
         if key not in self._of_blocks:
             self._of_blocks[key] = make()
         return self._of_blocks[key]
@@ -141,13 +141,20 @@ class BlockLayout:
         return found
 
     def _extended(self, tokens: int) -> "BlockLayout":
-        if tokens != 1 or not bool((self.lengths_R % self.block).all()):
+        open_R = -self.lengths_R % self.block
+        if bool((open_R < tokens).any()):
             return self._appended(torch.ones(self.lanes, tokens, dtype=torch.bool))
-        # The most frequent step by far: into blocks that are open.
-        lengths_R, lane_R = self.lengths_R + 1, torch.arange(self.lanes)
-        after = BlockLayout(self.block, lengths_R, self.owner_N, self.ordinal_N, self.last_R, self._of_blocks)
-        after._made["came"] = Places(lane_R, torch.zeros_like(lane_R), self.last_R, self.lengths_R % self.block)
+        # Most steps by far: into blocks that are open.
+        after = self._of_as_many_blocks(self.lengths_R + tokens)
+        lane_RT = torch.arange(self.lanes)[:, None].expand(self.lanes, tokens)
+        token_RT, block_RT = torch.arange(tokens).expand_as(lane_RT), self.last_R[:, None].expand_as(lane_RT)
+        places = (lane_RT, token_RT, block_RT, token_RT + (self.block - open_R)[:, None])
+        after._made["came"] = Places(*(index_RT.flatten() for index_RT in places))
         return after
+
+    def _of_as_many_blocks(self, lengths_R: Tensor) -> "BlockLayout":
+        """As many tokens more or fewer in every lane, in the same blocks."""
+        return BlockLayout(self.block, lengths_R, self.owner_N, self.ordinal_N, self.last_R, self._of_blocks)
 
     def _appended(self, taken_RT: Tensor) -> "BlockLayout":
         counts_R = taken_RT.sum(1)
@@ -182,9 +189,12 @@ class BlockLayout:
         return self._shared(("cut", lengths_R.numpy().tobytes()), lambda: self._cut(lengths_R))
 
     def _cut(self, lengths_R: Tensor) -> "BlockLayout":
+        fewer_R, blocks_R = self.lengths_R - lengths_R, -(-lengths_R // self.block)
+        if bool((fewer_R == fewer_R[0]).all()) and torch.equal(blocks_R, -(-self.lengths_R // self.block)):
+            return self._of_as_many_blocks(lengths_R)
         stays_N = (self.owner_N >= 0) & (self.ordinal_N * self.block < lengths_R[self.owner_N.clamp_min(0)])
         owner_N = torch.where(stays_N, self.owner_N, -1)
         last_R, held = torch.full_like(self.last_R, -1), stays_N.nonzero()[:, 0]
-        is_last = self.ordinal_N[held] == (-(-lengths_R // self.block) - 1)[owner_N[held]]
+        is_last = self.ordinal_N[held] == (blocks_R - 1)[owner_N[held]]
         last_R[owner_N[held[is_last]]] = held[is_last]
         return BlockLayout(self.block, lengths_R, owner_N, self.ordinal_N, last_R)
