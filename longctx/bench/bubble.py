@@ -21,7 +21,7 @@ from longctx.sequence.collectives.handoff import Operands, handoff, idle_share
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import contiguous
 
-_ROWS, _TOKENS, _WIDTH = 16, 12, 192
+_ROWS, _TOKENS, _WIDTH = 16, 128, 192
 PIECES = (1, 2, 4, 8, 16)
 
 

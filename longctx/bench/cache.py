@@ -1,8 +1,8 @@
 """``longctx bench cache``: what a model still finds in a cache of which a part was thrown away.
 
 By method and share kept. The context is read, compressed at its end, and only then comes the question: a method cannot
-know what will be asked (the way of kvpress). Nothing is
-protected but what a method itself prescribes, so that budgets are equal.
+know what will be asked (the way of kvpress). Nothing is protected but what a method itself prescribes, so that budgets
+are equal. Loki and neighbours throw nothing away: the share is what a question looks at.
 
 Legend: B rows, T tokens of a context, Q = 2 tokens of a question.
 """
@@ -10,9 +10,10 @@ Legend: B rows, T tokens of a context, Q = 2 tokens of a question.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from longctx.bench.retrieval import QUESTION, VOCAB, Entries
 from longctx.cache import scorers
 from longctx.cache.compress import Compression, Policy
 from longctx.cache.expected import ExpectedAttention
+from longctx.cache.loki import Loki
+from longctx.cache.neighbours import Neighbours
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import all_compressed
 from longctx.cache.representation import RepresentationShift
 from longctx.errors import ConfigError
+from longctx.generate.calibrate import key_bases
 from longctx.generate.decode import LanguageModel, advance
 
 __all__ = ["METHODS", "SHARES", "TASKS", "VOCAB", "WINDOW", "Found", "Method"]
@@ -34,34 +38,61 @@ WINDOW = 8
 """Queries that SnapKV looks at, whose tokens it keeps."""
 
 
-@dataclass(frozen=True)
-class Method:
+Bases = Mapping[int, Tensor]
+Method = Callable[[float, int, Bases], CacheOptions]
+"""How a cache of so many tokens is to be stored where a share of them stays or is looked at, given Loki's bases."""
+
+
+def evicting(
+    scorer: scorers.Scorer,
+    sinks: int = 0,
+    recent: int = 0,
+    adaptive: bool = False,
+    positions: Literal["text", "cache"] = "text",
+) -> Method:  # fmt: skip
     """A scorer, and what its paper protects or shares."""
 
-    scorer: scorers.Scorer
-    sinks: int = 0
-    recent: int = 0
-    adaptive: bool = False
+    def options(share: float, tokens: int, bases: Bases) -> CacheOptions:
+        policy = Policy(ratio=share, sinks=sinks, recent=recent, adaptive=adaptive, positions=positions, every=1 << 30)
+        return CacheOptions(block=16, compression=Compression(scorer, policy))
 
-    def policy(self, share: float) -> Policy:
-        """That keeps a share of the context."""
-        return Policy(ratio=share, sinks=self.sinks, recent=self.recent, adaptive=self.adaptive, every=1 << 30)
+    return options
+
+
+def loki(share: float, tokens: int, bases: Bases) -> CacheOptions:
+    """All tokens stay; a query looks at the share that ranks highest by a quarter of the coordinates."""
+    return CacheOptions(block=16, search=Loki(bases, ratio=share))
+
+
+def neighbours(share: float, tokens: int, bases: Bases) -> CacheOptions:
+    """All tokens stay; a query looks at those nearest to it, found in an index."""
+    return CacheOptions(block=16, search=Neighbours(max(1, int(share * tokens)), every=1))
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "random": Method(scorers.Random()),
-        "key-norm": Method(scorers.KeyNorm()),
-        "key-norm, adaptive": Method(scorers.KeyNorm(), adaptive=True),
-        "key-diff": Method(scorers.KeyDiff()),
-        "snapkv": Method(scorers.SnapKV(WINDOW), recent=WINDOW),
-        "snapkv, adaptive": Method(scorers.SnapKV(WINDOW), recent=WINDOW, adaptive=True),
-        "tova": Method(scorers.TOVA()),
-        "expected-attention": Method(ExpectedAttention(), sinks=4),
-        "representation-shift": Method(RepresentationShift(), recent=1),
-        "recency": Method(scorers.Recency(), sinks=4),
+        "random": evicting(scorers.Random()),
+        "key-norm": evicting(scorers.KeyNorm()),
+        "key-norm, adaptive": evicting(scorers.KeyNorm(), adaptive=True),
+        "key-diff": evicting(scorers.KeyDiff()),
+        "snapkv": evicting(scorers.SnapKV(WINDOW), recent=WINDOW),
+        "snapkv, adaptive": evicting(scorers.SnapKV(WINDOW), recent=WINDOW, adaptive=True),
+        "tova": evicting(scorers.TOVA()),
+        "expected-attention": evicting(ExpectedAttention(), sinks=4),
+        "representation-shift": evicting(RepresentationShift(), recent=1),
+        "recency": evicting(scorers.Recency(), sinks=4),
+        "recency, positions in the cache": evicting(scorers.Recency(), sinks=4, positions="cache"),
+        "loki": loki,
+        "neighbours": neighbours,
     }
 )
+
+
+def available() -> list[str]:
+    """Methods that can be measured here: without faiss there are no neighbours."""
+    return [name for name in METHODS if name != "neighbours" or find_spec("faiss") is not None]
+
+
 TASKS: Mapping[str, int] = MappingProxyType({"needle": 1, "multi-key": 8})
 """Entries in a context, of which one is asked for."""
 
@@ -91,11 +122,19 @@ def questions(task: str, length: int, rows: int, seed: int) -> dict[str, list[An
     }  # fmt: skip
 
 
+def bases(model: LanguageModel, tokens: int, seed: int, rows: int = 32) -> Bases:
+    """Loki's, of contexts of ``tokens`` that neither training nor questions have seen."""
+    source = Entries(tokens + QUESTION, 1, (max(TASKS.values()),) * 2, seed)
+    drawn = [source.row(2 * 10**9 + row)[0][:tokens].tolist() for row in range(rows)]
+    found = key_bases(model, [token for row in drawn for token in row], tokens)
+    return {layer: basis_KEE for layer, (basis_KEE, _) in found.items()}
+
+
 @torch.no_grad()
-def accuracy(model: LanguageModel, asked: Mapping[str, list[Any]], compression: Compression | None) -> float:
+def accuracy(model: LanguageModel, asked: Mapping[str, list[Any]], cache: CacheOptions) -> float:
     """Share of right answers."""
     context_BT, question_BQ, answer_B = (torch.tensor(asked[k]) for k in ("contexts", "questions", "answers"))
-    _, done = advance(model, context_BT, cache=CacheOptions(block=16, compression=compression))
+    _, done = advance(model, context_BT, cache=cache)
     done = done._replace(state=all_compressed(done.state))
     hidden_BQD, _ = advance(model, question_BQ, done)
     said_B: Tensor = model.logits(hidden_BQD[:, -1:])[:, 0].argmax(-1)
@@ -114,13 +153,14 @@ def measure(
     if unknown := sorted(set(names) - set(METHODS)):
         raise ConfigError(f"--methods {unknown[0]} is unknown; choose from {', '.join(METHODS)}")
     found = []
+    tokens = min(len(rows["contexts"][0]) for rows in asked.values())
+    bases_of_keys = bases(model, tokens, seed=0)
     for task, rows in asked.items():
         for name in names:
             advance_to(f"{task}: {name}")
-            method = METHODS[name]
             for share in SHARES:
-                compression = Compression(method.scorer, method.policy(share))
-                found.append(Found(task, name, share, accuracy(model, rows, compression)))
+                cache = METHODS[name](share, tokens, bases_of_keys)
+                found.append(Found(task, name, share, accuracy(model, rows, cache)))
     return found
 
 

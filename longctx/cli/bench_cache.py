@@ -63,7 +63,7 @@ def cache(args: argparse.Namespace) -> int:
     asked = {task: bench.questions(task, length, rows, seed) for task in bench.TASKS}
     if args.questions is not None:
         write_json(args.questions, {"tasks": asked, "shares": bench.SHARES, "window": bench.WINDOW})
-    names = [name.strip() for name in args.methods.split(";") if name.strip()] or list(bench.METHODS)
+    names = [name.strip() for name in args.methods.split(";") if name.strip()] or bench.available()
     found = bench.measure(model.eval(), asked, names, show_progress)
     print("\n".join(bench.table(found, reference)))
     write_json(args.json, bench.as_json(found))

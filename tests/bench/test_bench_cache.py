@@ -8,6 +8,7 @@ import pytest
 
 from longctx.bench import cache as bench
 from longctx.bench.retrieval import ASK, ENTRY, KEY, KEYS, NOISE, VALUE, VALUES, VOCAB, Entries, stages
+from longctx.cache.options import CacheOptions
 from longctx.cli.main import main
 from longctx.model.head import IGNORED
 from longctx.sequence.layout import Run
@@ -68,13 +69,13 @@ def test_train_measure_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "(25)" in capsys.readouterr().out
     found = json.loads(files["json"].read_text())
     asked = json.loads(files["questions"].read_text())["tasks"]
-    assert len(found) == len(bench.TASKS) * len(bench.METHODS) * len(bench.SHARES)
+    assert len(found) == len(bench.TASKS) * len(bench.available()) * len(bench.SHARES)
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
     from longctx.model.hf import load_hf
 
     loaded = load_hf(model)[0].eval()
     for task in bench.TASKS:
-        plain = bench.accuracy(loaded, asked[task], None)
+        plain = bench.accuracy(loaded, asked[task], CacheOptions(block=16))
         assert {row["accuracy"] for row in found if (row["task"], row["share"]) == (task, 1.0)} == {plain}
 
 
