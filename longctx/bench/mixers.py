@@ -2,19 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from longctx.bench.crew import Crew
 from longctx.bench.live_bytes import LiveBytes
 from longctx.bench.problem import Shape
+from longctx.bench.training import model_state_size
 from longctx.config.schema import Model
 from longctx.mixers import MIXERS
+from longctx.model.block_transformer import build_native
 from longctx.model.decoder import CausalLM, DecoderLayer
+from longctx.recurrence import with_recurrence
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.handoff import idle_share
 from longctx.sequence.context import SequenceContext
@@ -27,9 +32,19 @@ HANDOFF_ROWS = 8
 """Sequences that the tokens are cut into where ranks hand a state on, and pieces of the pipeline over them."""
 
 
+DECODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "rmt": {"recurrence": {"kind": "rmt", "segment": 512, "memory": 16}},
+        "armt": {"recurrence": {"kind": "armt", "segment": 512, "memory": 16}},
+        "block_transformer": {"block": {"size": 4}},
+    }
+)
+"""Mechanisms of a whole decoder, here one of softmax layers."""
+
+
 @dataclass(frozen=True)
 class Growth:
-    """One mixer, forward and backward of one layer on one rank.
+    """One mixer, or a mechanism of a decoder, forward and backward of one layer on one rank.
 
     Args:
         seconds, bytes: at each of ``lengths``; seconds: median over rounds; bytes: peak of all tensors but the input.
@@ -46,18 +61,19 @@ class Growth:
     state_bytes: tuple[int, int]
 
 
-def model_config(mixer: str, heads: int = 4, head_dim: int = 32) -> Model:
+def model_config(name: str, heads: int = 4, head_dim: int = 32) -> Model:
     """One layer of width ``heads * head_dim``."""
     size = {"hidden_size": heads * head_dim, "num_heads": heads, "num_layers": 1, "vocab_size": 8}
-    return Model.model_validate({**size, "mixer": mixer, "max_position_embeddings": 2**20})
+    kind = DECODERS.get(name, {"mixer": name})
+    return Model.model_validate({**size, **kind, "max_position_embeddings": 2**20})
 
 
 def growth(
     lengths: Sequence[int] = LENGTHS, rounds: int = 3, only: Sequence[str] = (),
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[Growth]:  # fmt: skip
-    """Measure every mixer, or ``only`` some, in turns; the slope is fitted over all lengths."""
-    names = list(only) or list(MIXERS)
+    """Measure everything, or ``only`` some, in turns; the slope is fitted over all lengths."""
+    names = list(only) or [*MIXERS, *DECODERS]
     seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in names for n in lengths}
     for _ in range(rounds):
         for name, length in seconds:
@@ -68,7 +84,7 @@ def growth(
 
 def _growth(name: str, lengths: Sequence[int], took: Sequence[float]) -> Growth:
     held = tuple(_bytes(name, n) for n in lengths)
-    size = MIXERS[name].state_size(model_config(name), 0)
+    size = model_state_size(model_config(name))
     state = [4 * (size.per_sequence + tokens * size.per_token) for tokens in (2**12, 2**20)]
     slopes = slope(lengths, took), slope(lengths, held)
     return Growth(name, tuple(lengths), tuple(took), held, *slopes, (state[0], state[1]))
@@ -99,6 +115,8 @@ def _bytes(name: str, length: int) -> int:
 
 def _prepared(name: str, length: int) -> Callable[[], None]:
     """A forward and backward of one layer, whose plans are made."""
+    if name in DECODERS:
+        return _prepared_decoder(name, length)
     layer = CausalLM(model_config(name)).layers[0]
     assert isinstance(layer, DecoderLayer)
     context = SequenceContext.single(1, length)
@@ -109,6 +127,16 @@ def _prepared(name: str, length: int) -> Callable[[], None]:
 
     with torch.no_grad():
         layer.mixer(x[:, :64], SequenceContext.single(1, 64))
+    return run
+
+
+def _prepared_decoder(name: str, length: int) -> Callable[[], None]:
+    model = with_recurrence(build_native(model_config(name)))
+    tokens_BT = torch.randint(8, (1, length), generator=torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        model(tokens_BT, SequenceContext.single(1, length)).hidden_BTD.sum().backward()
+
     return run
 
 

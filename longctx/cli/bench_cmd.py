@@ -137,14 +137,15 @@ def _precision(args: argparse.Namespace) -> int:
 def _mixers(args: argparse.Namespace) -> int:
     import torch
 
-    from longctx.bench.mixers import LENGTHS, growth, plot, table
+    from longctx.bench.mixers import DECODERS, LENGTHS, growth, plot, table
     from longctx.cli.options import whole_number
     from longctx.config.mixers import MIXER_NAMES
     from longctx.errors import ConfigError
 
     only = [name for name in args.mixers.split(",") if name]
-    if unknown := sorted(set(only) - set(MIXER_NAMES)):
-        raise ConfigError(f"--mixers {unknown[0]} is unknown; choose from {', '.join(MIXER_NAMES)}")
+    known = [*MIXER_NAMES, *(DECODERS if args.ranks is None else ())]
+    if unknown := sorted(set(only) - set(known)):
+        raise ConfigError(f"--mixers {unknown[0]} is unknown; choose from {', '.join(known)}")
     for name in ("json", "plot"):
         check_file(getattr(args, name), f"--{name}")
     if args.ranks is not None:
