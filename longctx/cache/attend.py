@@ -188,6 +188,8 @@ def _by_search(
 def _of_lanes(q_BTHE: Tensor, kv_heads: int) -> Tensor:
     """Queries [R, Q, E] of every lane."""
     batch, tokens, heads, size = q_BTHE.shape
+    if tokens == 1:
+        return q_BTHE.reshape(batch * kv_heads, -1, size)
     q_BKGTE = q_BTHE.view(batch, tokens, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
     return q_BKGTE.reshape(batch * kv_heads, -1, size)
 
@@ -200,6 +202,8 @@ def _places(q_BTHE: Tensor, position_BT: Tensor, kv_heads: int) -> Tensor:
 def _of_rows(out_RQE: Tensor, tokens: int, kv_heads: int) -> Tensor:
     """Back again: out [B, T, H, E]."""
     lanes, queries, size = out_RQE.shape
+    if tokens == 1:
+        return out_RQE.reshape(lanes // kv_heads, 1, -1, size)
     out_BKGTE = out_RQE.view(lanes // kv_heads, kv_heads, queries // tokens, tokens, size)
     return out_BKGTE.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
