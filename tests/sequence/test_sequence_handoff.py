@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from layout_cases import layouts
 from pool import Pool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -94,19 +95,6 @@ def solve(case: Case, group: Group) -> Result:
 def solve_all(cases: list[Case]) -> list[Result]:
     group = sequence_group()
     return [solve(case, group) for case in cases]
-
-
-def layouts(world: int, seed: int) -> list[Layout]:
-    """Even, uneven and empty shards; runs that a rank has in any order."""
-    generator = np.random.default_rng(seed)
-    cuts = [0, *sorted(int(c) for c in generator.integers(0, 18, 2 * world)), 17]
-    runs: list[list[Run]] = [[] for _ in range(world)]
-    for start, stop in pairwise(cuts):
-        if start < stop:
-            runs[int(generator.integers(world))].insert(0, Run(start, stop))
-    named = [LAYOUTS[name](length, world) for name in ("contiguous", "zigzag") for length in (13, 2)]
-    backwards = Layout(world * 2, tuple((Run(2 * p, 2 * p + 2),) for p in reversed(range(world))))
-    return [*named, backwards, Layout(17, tuple(map(tuple, runs)))]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
