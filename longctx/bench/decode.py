@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -68,8 +69,20 @@ class Decode:
 
 
 def measured_decode(shape: Shape, name: str, group: Group) -> Callable[[], float]:
-    """A function that attends one query to ``shape.length`` keys by ``decode/METHOD`` and returns its seconds."""
-    method, size = name.partition("/")[2], (1, shape.length // group.size, shape.kv_heads, shape.head_dim)
+    """A function that runs ``decode/METHOD`` once and returns its seconds."""
+    attended = decoding(shape, name.partition("/")[2], group)
+
+    def run() -> float:
+        started = time.perf_counter()
+        attended()
+        return time.perf_counter() - started
+
+    return run
+
+
+def decoding(shape: Shape, method: str, group: Group) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that attends one query to ``shape.length`` keys: out [1, 1, H, E] and log-sum-exp [1, 1, H]."""
+    size = (1, shape.length // group.size, shape.kv_heads, shape.head_dim)
     generator = torch.Generator().manual_seed(shape.seed + group.rank)
     k, v = (torch.randn(size, generator=generator) for _ in range(2))
     q = torch.randn(1, 1, shape.heads, shape.head_dim, generator=torch.Generator().manual_seed(shape.seed))
@@ -78,20 +91,11 @@ def measured_decode(shape: Shape, name: str, group: Group) -> Callable[[], float
     cache = RaggedKV.empty(1, shape.kv_heads, shape.head_dim, k).append(k, v, torch.arange(size[1])[None])
     # Filled as if alone, so that every rank has as many; then told of the others.
     cache = RaggedKV(cache.pool, CacheOptions(ranks=ranks), shape.kv_heads, cache.layout, cache.seen)
-
-    def run() -> float:
-        started = time.perf_counter()
-        with torch.no_grad():
-            if method == "tree":
-                attend(q, cache, at, scoring)
-            else:
-                _ring(q, cache, group, at, scoring)
-        return time.perf_counter() - started
-
-    return run
+    return partial(attend, q, cache, at, scoring) if method == "tree" else partial(_ring, q, cache, group, at, scoring)
 
 
-def _ring(q: Tensor, own: RaggedKV, group: Group, at: Tensor, scoring: Scoring) -> None:
+@torch.no_grad()
+def _ring(q: Tensor, own: RaggedKV, group: Group, at: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """The keys of all ranks, one after the other; the next ones come while these are worked on.
 
     Blocks travel as they lie, so that a rank has nothing to do but to attend.
@@ -115,6 +119,8 @@ def _ring(q: Tensor, own: RaggedKV, group: Group, at: Tensor, scoring: Scoring) 
             if work is not None:
                 work.wait()
         kv = coming
+    assert out is not None and lse is not None
+    return out[None], lse[None]
 
 
 def measure(

@@ -89,9 +89,9 @@ class Even(NamedTuple):
 def even_lanes(pool: Pool, layout: BlockLayout, most: int) -> Even | None:
     """What a pool holds, if its lanes are even and it is one storage of at most so many blocks."""
     storages = pool.held(layout)
-    if len(storages) > 1 or layout.capacity > most:
-        return None
     store, own = storages[0]
+    if len(storages) > 1 or layout.capacity > min(most, store.step):
+        return None
     rounds = own.of_blocks("even", lambda: _even_rounds(own))
     return None if rounds is None else Even(store, rounds, int(own.lengths_R[0]))
 

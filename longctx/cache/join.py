@@ -1,11 +1,12 @@
 """Caches of several batches as one, and some rows of one: rows of different lengths decode together.
 
-Legend: N blocks, C tokens per block, R lanes (rows x kv heads).
+Legend: N blocks, n of them, R lanes (rows x kv heads), T tokens.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from longctx.cache.layout import BlockLayout
 from longctx.cache.ragged import RaggedKV
@@ -50,25 +51,27 @@ def _joined_layout(layouts: Sequence[BlockLayout]) -> BlockLayout:
 
 
 def picked(cache: RaggedKV, rows: Sequence[int]) -> RaggedKV:
-    """Some rows, in ascending order; the blocks of the others are freed."""
+    """Some rows, in this order, in a pool of their own; one that comes twice, as of a beam, is there twice."""
     heads, layout = cache.kv_heads, cache.layout
     lanes = [row * heads + head for row in rows for head in range(heads)]
-    stays_R = torch.zeros(layout.lanes, dtype=torch.bool)
-    stays_R[lanes] = True
-    held_NC = torch.arange(layout.block) < layout.counts()[:, None]
-    pool, compact = cache.pool.compacted(layout, held_NC & stays_R[layout.owner_N.clamp_min(0)][:, None])
-    fewer = compact.once(("lanes", tuple(lanes)), lambda: _picked_layout(compact, lanes))
+    chosen, from_n, to_n = layout.once(("lanes", tuple(lanes)), lambda: _chosen_lanes(layout, lanes))
+    pool = cache.pool.fresh()
+    pool.reserve(chosen)
+    pool.absorb(cache.pool, (from_n,), (to_n,))
     short = tuple(cache.short[row] for row in rows) if cache.short else ()
     queries = None if cache.queries_BHWE is None else cache.queries_BHWE[list(rows)]
     origin = None if cache.origin is None else cache.origin.of(lanes)
     return RaggedKV(
-        pool, cache.options, heads, fewer, cache.seen, cache.window, cache.settled, queries, cache.rotation, origin,
+        pool, cache.options, heads, chosen, cache.seen, cache.window, cache.settled, queries, cache.rotation, origin,
         short, defers=cache.defers, since=cache.since,
     )  # fmt: skip
 
 
-def _picked_layout(layout: BlockLayout, lanes: Sequence[int]) -> BlockLayout:
-    new_R = torch.full((layout.lanes,), -1)
-    new_R[lanes] = torch.arange(len(lanes))
-    owner_N = torch.where(layout.owner_N >= 0, new_R[layout.owner_N.clamp_min(0)], -1)
-    return BlockLayout(layout.block, layout.lengths_R[lanes], owner_N, layout.ordinal_N, layout.last_R[lanes])
+def _chosen_lanes(layout: BlockLayout, lanes: Sequence[int]) -> tuple[BlockLayout, Tensor, Tensor]:
+    """A layout of these lanes, in as few blocks as they need; which blocks come to it, and where."""
+    longest = int(layout.lengths_R.max())
+    taken_RT = torch.arange(longest) < layout.lengths_R[list(lanes), None]
+    chosen, _ = BlockLayout.empty(len(lanes), layout.block).append(taken_RT)
+    none = torch.zeros(0, dtype=torch.int64)
+    from_n = torch.cat([none, *(layout.blocks_of(lane) for lane in lanes)])
+    return chosen, from_n, torch.cat([none, *map(chosen.blocks_of, range(len(lanes)))])

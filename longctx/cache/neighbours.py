@@ -60,6 +60,11 @@ class LaneIndex:
         """Without the tokens from position ``before`` on."""
         return replace(self, position_N=self.position_N.masked_fill(self.position_N >= before, -1))
 
+    @property
+    def before(self) -> int:
+        """The position behind the last one; rows of different lengths differ in it."""
+        return int(self.position_N.max()) + 1 if len(self.position_N) else 0
+
     def extended(self, k_nE: Tensor, position_n: Tensor, settings: "Neighbours") -> "LaneIndex":
         """With all keys of the lane, of which it has those up to some position.
 
@@ -154,7 +159,7 @@ class Neighbours(Search):
     def _of_lane(self, q_QE: Tensor, at_Q: Tensor, cache: "RaggedKV", lane: int, window: int | None) -> Proposed:
         """Fresh tokens, in any case, and the nearest of those before."""
         position_n, index = lane_positions(cache, lane), cache.index
-        start = 0 if index is None else int(torch.searchsorted(position_n, index.before))
+        start = 0 if index is None else int(torch.searchsorted(position_n, index.lanes[lane].before))
         token_QF = torch.arange(start, len(position_n)).expand(len(q_QE), -1)
         position_QF = position_n[start:].expand(len(q_QE), -1)
         wide = torch.promote_types(q_QE.dtype, torch.float32)

@@ -17,6 +17,9 @@ from torch import Tensor
 from longctx.cache.codec import Codec, Stored
 from longctx.cache.layout import BlockLayout
 
+PART = 1 << 26
+"""Bytes of keys and values of one layer that are decoded, or come from the host, at a time; one block's at least."""
+
 Part = slice | Tensor
 """Some slots: neighbours, which are read where they lie, or numbers, whose content is copied."""
 
@@ -54,7 +57,12 @@ class Pool:
         self.position_NC = torch.empty(0, block, dtype=torch.int32, device=none_E.device)
         self.worth_NC = torch.empty(0, block, device=none_E.device) if worth else None
         self.users: WeakSet[Any] = WeakSet()
-        self.pinned, self.step = pinned, sys.maxsize
+        self.pinned, self.step = pinned, sys.maxsize if codec.bits is None else self.part
+
+    @property
+    def part(self) -> int:
+        """Blocks that are :data:`PART` bytes as the model has them."""
+        return max(1, PART // (2 * self.block * self.none_E.numel() * self.none_E.element_size()))
 
     @property
     def capacity(self) -> int:

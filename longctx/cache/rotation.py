@@ -104,7 +104,7 @@ class Origin(NamedTuple):
     def of(self, lanes: Sequence[int]) -> "Origin":
         """That of some lanes."""
         by_lane = torch.split(torch.arange(len(self.by_m)), self.counts_R.tolist())
-        row_m = torch.cat([by_lane[lane] for lane in lanes])
+        row_m = torch.cat([by_lane[lane] for lane in lanes]) if lanes else self.by_m.new_empty(0)
         return Origin(tuple(t[row_m.to(t.device)] for t in self.k), self.by_m[row_m], self.counts_R[list(lanes)])
 
 

@@ -1,8 +1,8 @@
 """A pool in two memories: each lane's newest blocks on the device that attends, full ones behind them on the host.
 
 The device has room for no more than what is new of every lane. Older blocks are read from where they lie, in parts of
-at most :data:`PART` bytes, one after the other; a scorer of a compression sees one row of a layer at a time. They come
-back when a cache is cut so far that they are new again.
+at most :data:`longctx.cache.pool.PART` bytes, one after the other; a scorer of a compression sees one row of a layer at
+a time. They come back when a cache is cut so far that they are new again.
 
 Legend: N blocks, S slots of a storage, C tokens per block, R lanes, E head dim; n blocks of any kind.
 """
@@ -19,9 +19,6 @@ from longctx.cache.codec import Codec
 from longctx.cache.layout import SPARE, BlockLayout
 from longctx.cache.options import CacheOptions
 from longctx.cache.pool import Found, Held, Pool
-
-PART = 1 << 26
-"""Bytes of old keys and values of one layer that are on the device at a time; one block's at least."""
 
 
 class Moves(NamedTuple):
@@ -77,7 +74,7 @@ class TieredPool(Pool):
         self.newest, self.slots = newest, _NOWHERE
         self.hot = Pool(block, codec, none_E, worth)
         self.cold = Pool(block, codec, none_E.cpu(), worth, pinned=none_E.device.type == "cuda")
-        self.step = self.cold.step = max(1, PART // (2 * block * none_E.numel() * none_E.element_size()))
+        self.step = self.cold.step = self.part
 
     @property
     def capacity(self) -> int:

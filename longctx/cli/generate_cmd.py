@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 import typing
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +28,21 @@ SCORERS = {
 """What --scorer may name, and the class in longctx.cache that it stands for."""
 
 
+class Texts(typing.NamedTuple):
+    """What is continued, one text at least, and what is read apart before it."""
+
+    prompts: list[str]
+    windows: list[str]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See :mod:`longctx.cli.main`."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="run, checkpoint or Hugging Face folder")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", action="append",
+        help="text to continue (default: read from stdin); repeatable: several run together",
+    )  # fmt: skip
     prompt.add_argument("--file", metavar="FILE", type=Path, help="UTF-8 file to continue")
     parser.add_argument("--max-tokens", metavar="N", default="128", help="tokens to write (default 128)")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy")
@@ -76,7 +87,10 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the continuation to stdout as it comes. Raises :class:`longctx.errors.LongctxError` for bad input."""
+    """Write the continuation to stdout as it comes, those of several prompts when all are done.
+
+    Raises :class:`longctx.errors.LongctxError` for bad input.
+    """
     from longctx.errors import ConfigError
     from longctx.runtime.launcher import read_launch
 
@@ -102,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
         return give_way()
 
 
-def _checked(args: argparse.Namespace, world: int) -> list[str]:
-    """The prompt and then the windows, once nothing is wrong with the arguments."""
+def _checked(args: argparse.Namespace, world: int) -> Texts:
+    """The prompts and the windows, once nothing is wrong with the arguments."""
     import torch
 
     from longctx.errors import ConfigError
@@ -131,8 +145,11 @@ def _checked(args: argparse.Namespace, world: int) -> list[str]:
         except ConfigError as error:
             raise ConfigError(f"--speculate {args.speculate}: {error}") from None
     _windowing(args)
+    for option, value in (("--speculate", args.speculate), ("--windows", args.windows)):
+        if value not in ("none", None) and len(args.prompt or []) > 1:
+            raise ConfigError(f"{option} goes with one prompt, and --prompt gives {len(args.prompt)}; leave one out")
     windows = [_read_text(file, str(file)) for file in args.windows or []]
-    return [_read_prompt(args), *windows]
+    return Texts(args.prompt or [_read_text(args.file, str(args.file or "stdin"))], windows)
 
 
 def _windowing(args: argparse.Namespace) -> "ParallelContext":
@@ -163,14 +180,15 @@ def _windowing(args: argparse.Namespace) -> "ParallelContext":
     )
 
 
-def _generate(args: argparse.Namespace, texts: list[str], mesh: "Mesh | None") -> int:
-    """Ranks share the prompt where the model lets them and hold a part of the cache each; the first one writes."""
+def _generate(args: argparse.Namespace, texts: Texts, mesh: "Mesh | None") -> int:
+    """Ranks share the prompts where the model lets them and hold a part of the cache each; the first one writes."""
     import torch
 
     from longctx.checkpoint.folder import open_model
     from longctx.generate import Sampling, stream_text
     from longctx.generate.parallel_context import parallel_context
     from longctx.generate.shared_prompt import why_replicated
+    from longctx.generate.text import batch_texts
     from longctx.runtime.agreement import agree
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -185,17 +203,20 @@ def _generate(args: argparse.Namespace, texts: list[str], mesh: "Mesh | None") -
         if why is not None and mesh.is_first:
             print(f"longctx: every process runs the whole prompt: {why}", file=sys.stderr)
     proposer = _proposer(args, model) if mesh is None else agree(mesh, lambda: _proposer(args, model))
-    prompt, *windows = texts
+    (prompt, *others), windows = texts
     cache, chunk, before = _cache(args, mesh, search), whole_number("--chunk", args.chunk), None
     if windows:
         sink, query, *read = ([*tokenizer.encode(text)] for text in (args.sink or "", prompt, *windows))
         options = _windowing(args)
         make = partial(parallel_context, model, sink, read, query, options, cache, chunk)
         before = make() if mesh is None else agree(mesh, make)
-    pieces = stream_text(
-        model, tokenizer, prompt, whole_number("--max-tokens", args.max_tokens), sampling, args.stop, cache, chunk,
-        proposer, before,
-    )  # fmt: skip
+    most = whole_number("--max-tokens", args.max_tokens)
+    pieces: Iterable[str]
+    if others:
+        written = batch_texts(model, tokenizer, texts.prompts, most, sampling, args.stop, cache, chunk)
+        pieces = ["\n".join(f"--- {number} ---\n{text}" for number, text in enumerate(written, start=1))]
+    else:
+        pieces = stream_text(model, tokenizer, prompt, most, sampling, args.stop, cache, chunk, proposer, before)
     for piece in pieces:
         if mesh is None or mesh.is_first:
             print(piece, end="", flush=True)
@@ -243,12 +264,6 @@ def _cache(args: argparse.Namespace, mesh: "Mesh | None", search: "Search | None
     offload = None if args.offload is None else whole_number("--offload", args.offload, 0)
     ranks = None if mesh is None else mesh.sequence
     return CacheOptions(bits=bits, ranks=ranks, compression=compression, search=search, offload=offload)
-
-
-def _read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return str(args.prompt)
-    return _read_text(args.file, str(args.file or "stdin"))
 
 
 def _read_text(file: Path | None, source: str) -> str:

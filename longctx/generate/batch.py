@@ -122,7 +122,7 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
 
 
 def picked(done: Decoded, rows: Sequence[int]) -> Decoded:
-    """Some rows, in ascending order."""
+    """Some rows, in this order; one may come twice."""
 
     def of(leaf: Any) -> Any:
         if isinstance(leaf, RaggedKV):

@@ -1,10 +1,11 @@
 """Text from token ids, as it comes: whole characters only, stop strings cut off."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from longctx.cache.options import CacheOptions
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, DataError
+from longctx.generate.batch import generate
 from longctx.generate.decode import Decoded, LanguageModel, decode_ids
 from longctx.generate.sampling import Sampling
 from longctx.generate.speculate import Proposer, speculate_ids
@@ -37,17 +38,50 @@ def stream_text(
         DataError: the prompt is empty.
         ConfigError: a stop string is empty, or a proposer is to speed up sampling.
     """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise DataError("the prompt is empty; give some text to continue")
-    words, stopper = _Words(tokenizer, ids), _Stopper(stop)
-    cache = cache or CacheOptions()
+    ids, stopper, cache = _encoded(tokenizer, prompt), _Stopper(stop), cache or CacheOptions()
     if proposer is None:
         rows = decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before)
         tokens = (row[0] for row in rows)
     else:
         check_speculation(sampling or Sampling())
         tokens = (token for run in speculate_ids(model, ids, max_tokens, proposer, cache, chunk) for token in run)
+    yield from _pieces(tokens, tokenizer, ids, stopper)
+
+
+def batch_texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    cache: CacheOptions | None = None,
+    chunk: int | None = None,
+) -> list[str]:
+    """The continuations of several prompts, which run together; each ends as that of :func:`stream_text` does.
+
+    Raises:
+        DataError: a prompt is empty.
+        ConfigError: a stop string is empty.
+    """
+    ids, stoppers = [_encoded(tokenizer, prompt) for prompt in prompts], [_Stopper(stop) for _ in prompts]
+    rows = generate(model, ids, max_tokens, sampling, tokenizer.eos_id, cache, chunk)
+    return [
+        "".join(_pieces(row, tokenizer, prompt_ids, stopper))
+        for row, prompt_ids, stopper in zip(rows, ids, stoppers, strict=True)
+    ]
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise DataError("the prompt is empty; give some text to continue")
+    return ids
+
+
+def _pieces(tokens: Iterable[int], tokenizer: Tokenizer, prompt: Sequence[int], stopper: "_Stopper") -> Iterator[str]:
+    """The text of tokens up to an end token or a stop string."""
+    words = _Words(tokenizer, prompt)
     for token in tokens:
         if token == tokenizer.eos_id:
             break

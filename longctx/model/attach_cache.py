@@ -124,7 +124,12 @@ def cache_for(model: nn.Module, options: CacheOptions | None = None) -> Any:
 
 
 def _cache_for(model: nn.Module, options: CacheOptions) -> Any:
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "_attn_implementation"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no model of transformers, whose generate this is about; pass "
+            "CacheOptions(compression=...) to longctx.generate instead"
+        )
     if config._attn_implementation != NAME:
         raise UnsupportedError(f"{type(model).__name__} is not attached; call longctx.attach(model) first")
     if any(length_dependent(module) for module in model.modules()):

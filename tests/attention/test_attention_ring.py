@@ -1,18 +1,21 @@
 """Attention over any number of ranks against a dense fp64 oracle: output and all gradients, to 1e-10."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from attention_cases import Answer, Problem, context_of, oracle, random_problem, run_here, solve, worst
 from pool import Pool
 
 from longctx.attention.kernels import CPU_FLASH, Scoring
 from longctx.attention.ring import RingAttention, RingCall, Schedules
 from longctx.runtime.mesh import Group, build_mesh
+from longctx.sequence.collectives.ring import _Flight
 from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS, Layout, Run, contiguous
 from longctx.sequence.plan import AttentionPlan
@@ -101,8 +104,6 @@ def test_sequences_side_by_side_do_not_mix(pool: Pool) -> None:
 
 def idle_gradient_here(length: int) -> list[float | None]:
     """Only the last token's output enters the loss; every rank still runs its backward, and keys get gradients."""
-    import torch.distributed as dist
-
     from longctx.attention import attention
 
     group = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
@@ -146,3 +147,44 @@ def test_rows_and_ranks_that_see_nothing_give_zeros(pool: Pool, kv_heads: int) -
     assert bool((out[:3] == 0).all()) and bool(lse[:3].isneginf().all()) and bool((dq[:3] == 0).all())
     for part in (out[3:], lse[3:], dk, dv):
         assert bool(part.isfinite().all()) and bool((part != 0).any())
+
+
+def order_here(kv_heads: int) -> tuple[list[str], list[str]]:
+    """What a rank does forward and backward, in order, where every rank needs all keys: post, call the kernel, wait."""
+    size, events = dist.get_world_size(), list[str]()
+    group = build_mesh(size, torch.device("cpu"), 60).sequence
+
+    def told(event: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(event(*args))
+            return function(*args)
+
+        return call
+
+    def posted(operations: list[Any]) -> str:
+        return "home" if operations[0].group is group.returning else "next"
+
+    kernel = replace(
+        CPU_FLASH, forward=told(lambda *_: "kernel", CPU_FLASH.forward),
+        backward=told(lambda *_: "kernel", CPU_FLASH.backward),
+    )  # fmt: skip
+    schedules = Schedules(AttentionPlan(contiguous(12, size), contiguous(12, size), ((0,),), causal=False))
+    back = schedules.back if kv_heads == 2 else None
+    call = RingCall(schedules.plan, group, schedules.there, back, None, kernel, Scoring(0.5))
+    q, k, v = (torch.randn(12 // size, heads, 4, dtype=torch.float64) for heads in (2, kv_heads, kv_heads))
+    with (
+        patch.object(dist, "batch_isend_irecv", told(posted, dist.batch_isend_irecv)),
+        patch.object(_Flight, "land", told(lambda *_: "wait", _Flight.land)),
+    ):
+        out, _ = RingAttention.apply(q.requires_grad_(), k, v, None, None, call)  # type: ignore[no-untyped-call]
+        forward = events.copy()
+        out.sum().backward()
+    return forward, events[len(forward) :]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2], ids=["keys travel", "queries travel"])
+def test_the_next_block_is_on_its_way_while_the_kernel_works(pool: Pool, kv_heads: int) -> None:
+    for forward, backward in pool.run(order_here, 3, kv_heads):
+        assert forward == ["next", "kernel", "wait", "next", "kernel", "wait", "kernel"]
+        sent = [event for event in backward if event != "wait"]
+        assert sent == ["next", "kernel", "next", "kernel", "home", "kernel", "home"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from longctx.bench.attention import bench, contenders, table
+from longctx.bench.live_bytes import LiveBytes
 from longctx.bench.problem import DEEPSPEED, PACKED, Shape
 from longctx.bench.simulate import simulate
 from longctx.cli.main import main
@@ -14,8 +15,10 @@ from longctx.errors import UnsupportedError
 SMALL = Shape(length=256, heads=4, kv_heads=2, head_dim=8)
 
 
-def test_simulation_needs_no_tensor_and_balances(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = list(simulate(Shape(), 64, 8))
+def test_simulation_needs_no_tensor_and_balances() -> None:
+    with LiveBytes() as live:
+        rows = list(simulate(Shape(), 64, 8))
+    assert live.peak == 0
     found = {(r.ranks, r.documents, r.layout, r.scheme): r for r in rows}
     assert {r.ranks for r in rows} == {8, 16, 32, 64}
     ring = found[8, "one", "zigzag", "ring"]

@@ -1,4 +1,4 @@
-"""``longctx bench decode``: bytes by the formula, times computed from the links that are stated."""
+"""``longctx bench decode``: bytes by the formula, times from the links that are stated; both methods attend alike."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,17 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import torch.distributed as dist
+from pool import Pool
 
-from longctx.bench.decode import Links, compute
+from longctx.bench.decode import METHODS, Links, compute, decoding
 from longctx.bench.generation import _exported, _random_kv, model_config
 from longctx.bench.problem import Shape
 from longctx.cache.options import CacheOptions
 from longctx.cli.main import main
 from longctx.generate.decode import Decoded, advance
 from longctx.model.decoder import CausalLM
+from longctx.runtime.mesh import build_mesh
 from longctx.sequence.context import SequenceContext
 
 LLAMA = Shape(2**20, 32, 8, 128)
@@ -34,6 +37,17 @@ def test_times_follow_from_the_links() -> None:
     assert row.ring_seconds == pytest.approx(read + 7 * (1e-6 + 2**20 * 4096 / 8 / 1e11))
     slow, fast = (compute(LLAMA, [64], Links(across=speed))[0].ratio for speed in (10e9, 100e9))
     assert slow > 4 * fast > 4
+
+
+def both_here(seed: int) -> None:
+    group = build_mesh(dist.get_world_size(), torch.device("cpu"), 60).sequence
+    tree, ring = (decoding(Shape(210, 6, 2, 8, seed=seed), method, group)() for method in METHODS)
+    torch.testing.assert_close(ring, tree, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_tree_and_ring_attend_to_the_same(pool: Pool, world: int, seed: int) -> None:
+    pool.run(both_here, world, seed)
 
 
 @pytest.mark.tier2

@@ -18,6 +18,7 @@ from longctx.cache.neighbours import LaneIndex, Neighbours, lifted_keys, lifted_
 from longctx.cache.options import CacheOptions  # noqa: E402
 from longctx.cache.ragged import RaggedKV  # noqa: E402
 from longctx.errors import ConfigError, UnsupportedError  # noqa: E402
+from longctx.generate import generate  # noqa: E402
 from longctx.generate.decode import advance  # noqa: E402
 from longctx.generate.speculate import PromptLookup, speculate_ids  # noqa: E402
 from longctx.generate.store import load_decoded, save_decoded  # noqa: E402
@@ -180,6 +181,18 @@ def test_speculation_and_states_on_disk(tmp_path: Any, seed: int) -> None:
     (wanted, _), (found, after) = advance(model, token, done), advance(model, token, again)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert after.state[0].index.before == len(prompt) + 1
+
+
+def test_rows_of_different_lengths_see_all_that_is_new(seed: int) -> None:
+    """Bug: tokens of a shorter row, whose positions are before those that the longest has indexed, were not seen.
+
+    Fix: every lane says up to where it is indexed. Strategy: all neighbours, so that texts are those of no search.
+    """
+    model: Any = model_of("softmax", seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in (9, 40, 23)]
+    wanted = generate(model, prompts, 12)
+    assert generate(model, prompts, 12, cache=CacheOptions(block=4, search=Neighbours(500, every=3))) == wanted
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -251,20 +251,25 @@ def test_heads_move_each_key_from_where_it_came(bits: int | None, dtype: str, wi
     assert differ
 
 
+@pytest.mark.parametrize("rows", [[0, 2], [2, 0, 2]], ids=str)
 @pytest.mark.parametrize("bits, dtype", [(None, "float64"), (None, "bfloat16"), (4, "float32")])
-def test_rows_that_stay_move_as_they_would_with_the_others(bits: int | None, dtype: str, seed: int) -> None:
+def test_rows_that_stay_move_as_they_would_with_the_others(
+    bits: int | None, dtype: str, rows: list[int], seed: int
+) -> None:
     rotation = Rotation.of(RotaryEmbedding.from_config(config_of({})), torch.float64)
     policy = Policy(tokens=9, sinks=1, recent=2, every=1, adaptive=True, floor=0.3, positions="cache")
     options = CacheOptions(block=4, bits=bits, compression=Compression(KeyNorm(), policy))
     generator, like = torch.Generator().manual_seed(seed), torch.empty(0, dtype=getattr(torch, dtype))
-    cache, few, rows = RaggedKV.empty(3, 2, 8, like, options, None, rotation), None, [0, 2]
+    cache, few = RaggedKV.empty(3, 2, 8, like, options, None, rotation), None
     for step in range(10):
         k = torch.randn(3, 5, 2, 8, generator=generator, dtype=torch.float64).to(like)
         at = torch.arange(cache.seen, cache.seen + 5).expand(3, 5)
         cache = cache.append(k, k, at).compressed()
         few = picked(cache, rows) if step == 4 else few and few.append(k[rows], k[rows], at[rows]).compressed()
     assert few is not None
-    for lane, of_all in enumerate([0, 1, 4, 5]):
+    if few.origin is not None:
+        assert len(few.origin.of([]).by_m) == len(few.origin.of([]).counts_R) == 0
+    for lane, of_all in enumerate([2 * row + head for row in rows for head in range(2)]):
         assert all(torch.equal(a, b) for a, b in zip(few.lane(lane), cache.lane(of_all), strict=True))
 
 

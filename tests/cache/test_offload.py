@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from longctx.attention.kernels.base import Scoring
-from longctx.cache import tiers
 from longctx.cache.attend import attend
 from longctx.cache.compress import Compression, Policy
 from longctx.cache.layout import SPARE
@@ -60,7 +59,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(len(block_n))
         return rows(self, block_n, device)
 
-    monkeypatch.setattr(tiers, "PART", 3 * 2 * BLOCK * SIZE * 8)
+    monkeypatch.setattr("longctx.cache.pool.PART", 3 * 2 * BLOCK * SIZE * 8)
     monkeypatch.setattr(Pool, "read", counted_read)
     monkeypatch.setattr(Pool, "rows", counted_rows)
     return seen

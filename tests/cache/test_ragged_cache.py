@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, K kv heads, H query heads, E head dim, R = B x K 
 """
 
 import random
+import sys
 import weakref
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from longctx.attention.kernels.base import Scoring
+from longctx.bench.live_bytes import LiveBytes
 from longctx.cache.attend import attend, cached_attention, visible_slices
-from longctx.cache.blocks import even_lanes
+from longctx.cache.blocks import even_lanes, over_blocks, over_even
 from longctx.cache.codec import Codec
+from longctx.cache.join import picked
 from longctx.cache.layout import SPARE
 from longctx.cache.options import CacheOptions
 from longctx.cache.ragged import RaggedKV
@@ -174,6 +177,53 @@ def test_even_lanes_decode_as_lists_do(batch: int, heads: int, softcap: float | 
     assert [step(1) for _ in range(5)] == [batch * heads == 1] * 5
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_even_lanes_in_bf16_are_blocks_in_bf16(softcap: float | None, seed: int) -> None:
+    """Both round a weight and a sum to bf16, each by 2^-9 of the values at most."""
+    generator, scoring = torch.Generator().manual_seed(seed), Scoring(0.25, softcap)
+    cache, end = RaggedKV.empty(2, 3, 16, torch.empty(0, dtype=torch.bfloat16), CacheOptions(block=4)), 0
+    for tokens in (150, *[1] * 13):
+        k, v = (t.bfloat16() for t in drawn(generator, 2, tokens, 3, 16))
+        cache, end = cache.append(k, v, torch.arange(end, end + tokens).expand(2, -1)), end + tokens
+    q_RQE = torch.randn(6, 2, 16, generator=generator, dtype=torch.float64).bfloat16()
+    even, (held,) = even_lanes(cache.pool, cache.layout, 999), cache.pool.held(cache.layout)
+    assert even is not None and {part.rounds > 1 for part in even.rounds} == {False, True}
+    found = over_even(q_RQE, even, scoring)
+    wanted = over_blocks(q_RQE, None, held, slice(0, held.layout.capacity), scoring, None)
+    largest = float(held.store.v[0].abs().max())
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=4 * 2**-9 * largest)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=2**-8)
+
+
+def rows_of(cache: RaggedKV, rows: list[int]) -> list[list[Tensor]]:
+    """Keys, values and positions of the lanes of some rows."""
+    return [list(cache.lane(row * cache.kv_heads + head)) for row in rows for head in range(cache.kv_heads)]
+
+
+@pytest.mark.parametrize("newest", [None, 5])
+@pytest.mark.parametrize("rows", [[1], [2, 0], [1, 1, 2, 1], []], ids=str)
+def test_picked_rows_come_in_order_and_as_often_as_they_are_named(
+    rows: list[int], newest: int | None, seed: int
+) -> None:
+    """Bug: of a row that came twice one copy had no blocks. Strategy: uneven lanes, and tokens of each copy's own."""
+    generator = torch.Generator().manual_seed(seed)
+    cache, position = RaggedKV.empty(3, 2, 6, F64, CacheOptions(block=4, offload=newest)), torch.arange(30)
+    cache = cache.append(*drawn(generator, 3, 30, 2), position.expand(3, 30))
+    cache = cache.kept([torch.rand(30, generator=generator) < share for share in (1, 0.3, 0, 0.8, 0.5, 0.9)])
+    before = rows_of(cache, [0, 1, 2])
+    few, own = picked(cache, rows), rows_of(cache, rows)
+    assert few.batch == len(rows) and few.pool.capacity == few.blocks
+    k, v = drawn(generator, len(rows), 7, 2)
+    few = few.append(k, v, torch.arange(30, 37).expand(len(rows), 7))
+    for lane, (lane_k, lane_v, lane_position) in enumerate(own):
+        row, head = divmod(lane, 2)
+        wanted = [torch.cat((lane_k, k[row, :, head])), torch.cat((lane_v, v[row, :, head]))]
+        wanted.append(torch.cat((lane_position, torch.arange(30, 37))))
+        assert all(torch.equal(a, b) for a, b in zip(few.lane(lane), wanted, strict=True))
+    after = rows_of(cache, [0, 1, 2])
+    assert all(torch.equal(a, b) for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
+
+
 def test_appending_shares_blocks_and_copies_only_where_forks_differ(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     k, v = drawn(generator, 1, 5, 2)
@@ -247,6 +297,61 @@ def test_many_blocks_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch, see
     whole = attend(q, cache, at, Scoring(0.4))
     monkeypatch.setattr("longctx.cache.attend._SCORES", 4 * 2 * 3)  # three blocks
     torch.testing.assert_close(attend(q, cache, at, Scoring(0.4)), whole, rtol=1e-12, atol=1e-12)
+
+
+def filled(lengths: list[int], generator: torch.Generator, bits: int | None = None) -> RaggedKV:
+    """Lanes of so many tokens with 32 numbers in fp32, one row."""
+    most, heads = max(lengths), len(lengths)
+    k, v = torch.randn(2, 1, most, heads, 32, generator=generator)
+    cache = RaggedKV.empty(1, heads, 32, k, CacheOptions(block=64, bits=bits)).append(k, v, torch.arange(most)[None])
+    return cache.kept([torch.arange(most) < length for length in lengths])
+
+
+def peak_beside(cache: RaggedKV, q: Tensor, newest: bool) -> tuple[int, Tensor]:
+    """Most bytes alive beside a cache while its last tokens attend to it, and what they get.
+
+    The second time, as what follows from a layout is found once.
+    """
+    at = torch.arange(cache.seen - q.shape[1], cache.seen)[None]
+    attend(q, cache, at, Scoring(0.2), None, newest)
+    with LiveBytes() as live:
+        views = [tensor[:] for tensor in cache.pool._tensors()]
+        held = live.live
+        out, _ = attend(q, cache, at, Scoring(0.2), None, newest)
+    assert len(views) and held == cache.pool.nbytes
+    return live.peak - held, out
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_uneven_lanes_are_never_made_dense(newest: bool, seed: int) -> None:
+    """One long lane among 31 short ones, and two queries of each: little more than a score per place and query."""
+    generator, longest = torch.Generator().manual_seed(seed), 4096
+    cache = filled([longest, *range(1, 32)], generator)
+    places, number = longest + 31 * 64, 4
+    assert 64 * cache.blocks == places
+    peak, _ = peak_beside(cache, torch.randn(1, 1, 64, 32, generator=generator), newest)
+    assert places * 2 * number <= peak < 2 * places * 2 * number
+    assert 8 * peak < 32 * longest * 2 * number  # scores of a dense cache, whose keys are 16 times as many numbers
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [1, 8, 2]], ids=["even", "uneven"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_keys_are_decoded_in_parts(
+    bits: int, lengths: list[int], tokens: int, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Parts of four blocks: four times the length takes no more memory, and gives what one part gives."""
+    part, generator, peaks = 4 * 2 * 64 * 32 * 4, torch.Generator().manual_seed(seed), []
+    monkeypatch.setattr("longctx.cache.pool.PART", part)
+    q = torch.randn(1, tokens, 2 * len(lengths), 32, generator=generator)
+    for scale in (512, 2048):
+        cache = filled([scale * length for length in lengths], generator, bits)
+        peak, found = peak_beside(cache, q, tokens == 1)
+        peaks.append(peak)
+        cache.pool.step = sys.maxsize
+        whole, wanted = peak_beside(cache, q, tokens == 1)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert peaks[1] <= 1.1 * peaks[0] and peaks[1] < 4 * part and whole > 2 * peaks[1]
 
 
 @pytest.mark.parametrize("bits, steps", [(8, 255), (4, 15)])

@@ -1,6 +1,7 @@
 """Decoding against the full forward and transformers' generate; sampling, stop strings, streaming."""
 
 import argparse
+import io
 import subprocess
 import sys
 from collections import Counter
@@ -245,6 +246,45 @@ def test_generate_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out != text
 
 
+def test_generate_command_reads_stdin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, texts = ("--max-tokens", 12, "--device", "cpu"), []
+    for prompt in (b"def f", "d\u00e9f".encode()):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt)))
+        assert _longctx("generate", folder, *options) == 0
+        texts.append(capsys.readouterr().out)
+        assert _longctx("generate", folder, "--prompt", prompt.decode(), *options) == 0
+        assert capsys.readouterr().out == texts[-1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def \xff")))
+    assert _longctx("generate", folder, *options) == 2
+    assert capsys.readouterr().err == "error: the text stdin is not UTF-8 (byte 4); convert it first\n"
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("more", [(), ("--stop", "e"), ("--keep", 40), ("--cache-bits", 8)], ids=str)
+def test_several_prompts_are_written_apart(
+    folder: Path, more: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each as if alone, decoded by one call; prompts of three lengths."""
+    calls, original = list[int](), text_module.generate
+
+    def counted(model: Any, prompts: Any, *args: Any) -> Any:
+        calls.append(len(prompts))
+        return original(model, prompts, *args)
+
+    monkeypatch.setattr(text_module, "generate", counted)
+    prompts, options = ("def f(self)", "class", "return value"), ("--max-tokens", 24, "--device", "cpu", *more)
+    wanted = ""
+    for number, prompt in enumerate(prompts, start=1):
+        assert _longctx("generate", folder, "--prompt", prompt, *options) == 0
+        wanted += f"--- {number} ---\n{capsys.readouterr().out}"
+    assert not calls
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert _longctx("generate", folder, *words, *options) == 0
+    assert capsys.readouterr().out == wanted and calls == [3]
+
+
 def test_chunks_and_caches_of_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Chunks change nothing, neither does a cache that keeps everything; one that keeps little does."""
     found = {}
@@ -357,6 +397,13 @@ def test_ranks_write_what_one_writes(folder: Path, unwindowed: Path, capsys: pyt
         (("--prompt", "a", "--sink", "b"), "--sink b has no effect without --windows"),
         (("--prompt", "a", "--windows", __file__, "--window-score", "mean"), "no effect without --keep-windows"),
         (("--prompt", "a", "--windows", __file__, "--keep", "0.5"), "--keep 0.5 does not go with --windows"),
+        (
+            ("--prompt", "a", "--prompt", "b", "--speculate", "lookup"),
+            "--speculate goes with one prompt, and --prompt gives 2; leave one out",
+        ),
+        (("--prompt", "a", "--prompt", "b", "--windows", __file__), "--windows goes with one prompt, and"),
+        (("--prompt", "a", "--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--prompt", "b", "--stop", ""), "a stop string is empty; leave it out"),
         (("--prompt", "a", "--windows", "nowhere.txt"), "cannot read the text nowhere.txt"),
         (("--prompt", "a", "--windows", __file__), "layer 1 has a sliding window of 6 tokens"),
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decoder import CONFIG
 from tiny_families import tiny_model
 
 import longctx
@@ -16,6 +17,7 @@ from longctx.errors import UnsupportedError
 from longctx.generate.decode import decode_ids
 from longctx.model.attach_cache import cache_for
 from longctx.model.attached import AttachedCausalLM
+from longctx.model.decoder import CausalLM
 from longctx.sequence.context import SequenceContext
 
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3_text", "gpt_oss", "mixtral", "deepseek_v3", "gpt2"]
@@ -99,6 +101,16 @@ def test_a_block_compresses_what_generate_caches(seed: int) -> None:
         found = model.generate(ids, return_dict_in_generate=True, **options)
     assert {n for state in found.past_key_values.longctx.states for n in state.lengths_R.tolist()} == {10 + 5}
     assert "_prepare_cache_for_generation" not in vars(model)
+
+
+def test_compressing_a_native_model_says_how() -> None:
+    """Bug: an AttributeError of its config. Strategy: a decoder of our own, and one of theirs as we wrap it."""
+    for model in (CausalLM(CONFIG, seed=0), attached("llama")):
+        says = (
+            rf"{type(model).__name__} is no model of transformers.*pass CacheOptions\(compression=\.\.\.\) to longctx"
+        )
+        with pytest.raises(UnsupportedError, match=says), longctx.compress(model, KeyNorm(), Policy(ratio=0.5)):
+            pass
 
 
 def test_what_a_cache_cannot_do_is_refused() -> None:
