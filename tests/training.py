@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from longctx.config.schema import Config, Model
+from longctx.mixers.statistics import statistics_of
 from longctx.model.block_transformer import build_native
 from longctx.model.proposals import with_proposals
 from longctx.recurrence import with_recurrence
@@ -128,7 +129,7 @@ class Watch(Callback):
 
 
 def build(case: Case, weights: Callable[[Any], None] | None = None) -> tuple[Trainer, Watch]:
-    """A trainer in the current process world; ``weights`` may replace those drawn from the seed."""
+    """A trainer in the current process world; ``weights`` may replace those drawn from the seed, statistics too."""
     config, shape = config_of(case), model_config(case)
     mesh = build_mesh(case.degree, torch.device("cpu"), 60, case.inner)
     model: Any = with_recurrence(build_native(shape, recompute=case.recompute, seed=case.seed), case.seed)
@@ -137,8 +138,8 @@ def build(case: Case, weights: Callable[[Any], None] | None = None) -> tuple[Tra
         model = model.double()
     if weights is not None:
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
+            for tensor in (*model.parameters(), *statistics_of(model).values()):
+                tensor.fill_(float("nan"))
         weights(model)
     engine = build_engine(config, model, mesh)
     assert shape.vocab_size is not None
@@ -186,9 +187,10 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights and moments as ``"kind name"``, and the optimizer's count of updates."""
+    """Weights, moments and statistics as ``"kind name"``, and the optimizer's count of updates."""
     kinds = ("weight", *MOMENTS)
     state = {f"{kind} {name}": t for kind in kinds for name, t in _gathered(trainer, kind).items()}
+    state |= {f"statistic {name}": t.clone() for name, t in statistics_of(trainer.engine.module).items()}
     return state | {"updates": torch.tensor(trainer.engine.updates)}
 
 

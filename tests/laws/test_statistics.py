@@ -196,13 +196,7 @@ def train_and_save(case: Case, run: Path) -> Run:
 def resume(case: Case, run: Path) -> Run:
     """From the checkpoint to the end; whatever the model held before is overwritten."""
     checkpoint = list_checkpoints(run)[-1]
-
-    def weights(model: torch.nn.Module) -> None:
-        for buffer in statistics_of(model).values():
-            buffer.fill_(float("nan"))
-        load_weights(checkpoint, model)
-
-    trainer, watch = build(case, weights)
+    trainer, watch = build(case, lambda model: load_weights(checkpoint, model))
     saved = load_state(checkpoint)
     restore_engine(checkpoint, trainer.engine, saved["updates"])
     trainer.progress = Progress(saved["step"], saved["tokens"], saved["nonfinite"])

@@ -140,6 +140,21 @@ def test_sharding_is_invisible(changes: dict[str, Any], pool: Pool, seed: int) -
                 assert error < 1e-10, f"{name}, {world} ranks: {error:.2e}"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "rmt"}, {"kind": "rmt", "bptt": 1, "mixer": "gated_retention"}, {"kind": "armt"},
+     {"kind": "armt", "bptt": 1, "mixer": "gated_retention"}, {"kind": "armt", "wavefront": True}],
+    ids=str,
+)  # fmt: skip
+def test_recomputation_changes_nothing_and_sends_nothing_twice(changes: dict[str, Any], pool: Pool, seed: int) -> None:
+    case = Case(**changes, seed=seed)
+    for world in (1, 2):
+        plain, recomputed = (pool.run(solve, world, c) for c in (case, replace(case, recompute=True)))
+        for wanted, found in zip(plain, recomputed, strict=True):
+            torch.testing.assert_close(found[:3], wanted[:3], rtol=1e-10, atol=1e-10)
+            assert found[3] == wanted[3]
+
+
 def test_one_segment_without_memory_is_the_decoder(seed: int) -> None:
     case = Case("rmt", segment=29, memory=0, seed=seed)
     model, context, tokens = case.model(), SequenceContext.single(2, 29, case.documents), case.tokens()
