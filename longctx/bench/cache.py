@@ -207,15 +207,16 @@ def plot(found: Sequence[Found], reference: Sequence[Found], path: Path) -> None
         for axes, task in zip(panels, tasks, strict=True):
             headline(axes, task, "right answers over the share of the cache that stays", LIGHT)
             for number, name in enumerate(names):
-                style = {"color": f"C{number % 10}", "linewidth": 1.3}
+                style, line = {"color": f"C{number % 10}", "linewidth": 1.3}, "-" if number < 10 else "--"
                 ours, theirs = (
                     sorted((row.share, row.accuracy) for row in rows if (row.task, row.method) == (task, name))
                     for rows in (found, reference)
                 )
-                axes.semilogx(*zip(*ours, strict=True), "-", base=2, label=name, **style)
+                axes.semilogx(*zip(*ours, strict=True), line, base=2, label=name, **style)
                 if theirs:
                     axes.semilogx(*zip(*theirs, strict=True), "o", base=2, markerfacecolor="none", **style)
             axes.set_xticks(SHARES, [f"{share:g}" for share in SHARES])
-            axes.set_ylim(-0.02, 1.05)
+            axes.set_ylim(-0.02, 1.6)  # room for the legend
+            axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
             axes.minorticks_off()
-        panels[0].legend(fontsize=7, frameon=False, loc="upper left")
+        panels[0].legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
