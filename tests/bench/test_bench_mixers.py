@@ -1,29 +1,23 @@
-"""``longctx bench mixers`` and ``recall``: what they find on a small scale, and what they say about bad input."""
+"""``longctx bench mixers`` and ``handoff``: what they find on a small scale, and what they say about bad input."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from pool import Pool
 
-from longctx.bench.mixers import growth, slope, table
-from longctx.bench.recall import ASK, SYMBOLS, Facts, Plan, Recall, recall
+from longctx.bench.mixers import DECODERS, growth, slope, table
 from longctx.cli.main import main
 from longctx.mixers import MIXERS
-from longctx.model.head import IGNORED
-from longctx.runtime.mesh import build_mesh
-from longctx.sequence.layout import Run
 
 
 def test_slope_is_the_exponent() -> None:
     assert slope((1, 2, 4, 8), [3.0 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
 
-def test_memory_of_every_linear_mixer_is_linear() -> None:
+def test_memory_of_every_mechanism_is_linear() -> None:
     """Bytes are counted, not timed; softmax's too, whose kernel keeps no scores."""
     found = growth((1024, 2048, 4096), rounds=1)
-    assert [row.mixer for row in found] == list(MIXERS)
+    assert [row.mixer for row in found] == [*MIXERS, *DECODERS]
     for row in found:
         assert row.memory_slope == pytest.approx(1, abs=0.15), row.mixer
     assert len(table(found)) == 2 + len(found)
@@ -77,31 +71,3 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys: pyte
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-
-
-def few_steps(kind: str) -> Recall:
-    size = torch.distributed.get_world_size()
-    mesh = build_mesh(size, torch.device("cpu"), 60)
-    return recall(kind, Plan(segments=3, segment=8, steps=6, batch=4, width=16, layers=2, memory=2), mesh)
-
-
-@pytest.mark.parametrize("kind", ["none", "rmt", "armt"])
-def test_two_ranks_learn_the_same_curve(kind: str, pool: Pool) -> None:
-    one, two = (pool.run(few_steps, world, kind)[0] for world in (1, 2))
-    assert len(one.losses) == 6 and set(one.further) == {3, 6, 12}
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
-    assert two.accuracy == pytest.approx(one.accuracy, abs=0.02)
-
-
-def test_facts_are_stated_once_and_asked_for_in_every_segment() -> None:
-    facts = Facts(5, 8, seed=3)
-    for row in range(20):
-        tokens, labels = facts.read(row, [Run(0, 40)])
-        (place,) = ((tokens >= SYMBOLS) & (tokens < ASK)).nonzero()[0]
-        assert place < 7
-        fact = tokens[place]
-        assert (tokens[7::8] == ASK).all()
-        assert (labels[7::8] == fact).all()
-        assert (labels != IGNORED).sum() == 5
-        part, _ = facts.read(row, [Run(3, 9), Run(20, 22)])
-        assert part.tolist() == [*tokens[3:9], *tokens[20:22]]
