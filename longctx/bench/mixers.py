@@ -2,19 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from longctx.bench.crew import Crew
 from longctx.bench.live_bytes import LiveBytes
 from longctx.bench.problem import Shape
-from longctx.bench.training import model_state_size
+from longctx.bench.training import DECODERS, model_state_size
 from longctx.config.schema import Model
 from longctx.mixers import MIXERS
 from longctx.model.block_transformer import build_native
@@ -30,16 +28,6 @@ LENGTHS = tuple(2**power for power in range(11, 17))
 
 HANDOFF_ROWS = 8
 """Sequences that the tokens are cut into where ranks hand a state on, and pieces of the pipeline over them."""
-
-
-DECODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "rmt": {"recurrence": {"kind": "rmt", "segment": 512, "memory": 16}},
-        "armt": {"recurrence": {"kind": "armt", "segment": 512, "memory": 16}},
-        "block_transformer": {"block": {"size": 4}},
-    }
-)
-"""Mechanisms of a whole decoder, here one of softmax layers."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
+from typing import Any
 
 from longctx.config.check import load_checked
 from longctx.config.mixers import MIXER_NAMES
@@ -28,12 +29,18 @@ from longctx.train.trainer import Callback, Record, Trainer
 STATE_TOKENS = (2**12, 2**20)
 """Contexts at which decode states are compared: 4K and 1M tokens."""
 
+DECODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "block_transformer": {"block": {"size": 4}},
+        "rmt": {"recurrence": {"kind": "rmt", "segment": 512, "memory": 16}},
+        "armt": {"recurrence": {"kind": "armt", "segment": 512, "memory": 16}},
+    }
+)
+"""Mechanisms of a whole decoder, as model sections."""
 VARIANTS: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         **{name: (f"model.mixer={name}",) for name in MIXER_NAMES},
-        "block_transformer": ("model.block={size: 4}",),
-        "rmt": ("model.recurrence={kind: rmt, segment: 512, memory: 16}",),
-        "armt": ("model.recurrence={kind: armt, segment: 512, memory: 16}",),
+        **{name: tuple(f"model.{key}={value}" for key, value in model.items()) for name, model in DECODERS.items()},
     }
 )
 """What is trained: a name, and the settings that make it."""

@@ -14,6 +14,7 @@ from math import gcd
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -97,23 +98,32 @@ def even_lanes(pool: Pool, layout: BlockLayout, most: int) -> Even | None:
 
 
 def _even_rounds(layout: BlockLayout) -> list[Rounds] | None:
-    lanes, lengths_R, owner_N = layout.lanes, layout.lengths_R, layout.owner_N.numpy()
-    edges = np.flatnonzero(np.diff(owner_N, prepend=-2, append=-2))
-    lane_r, length_r = owner_N[edges[:-1]], np.diff(edges)
-    cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
-    found, blocks = [], 0
-    for first, behind in pairwise(cuts.tolist()):
-        if lane_r[first] < 0:
-            continue
-        rounds, rest = divmod(behind - first, lanes)
-        if rest or (lane_r[first:behind].reshape(rounds, lanes) != np.arange(lanes)).any():
+    lanes, lengths_R, found, blocks, length = layout.lanes, layout.lengths_R, [], 0, 0
+    for start, stop, length, lane_r in _stretches(layout.owner_N.numpy()):
+        rounds, rest = divmod(len(lane_r), lanes)
+        if rest or (lane_r.reshape(rounds, lanes) != np.arange(lanes)).any():
             return None
-        found.append(Rounds(int(edges[first]), int(edges[behind]), rounds))
-        blocks, length = blocks + rounds * int(length_r[first]), int(length_r[first])
+        found.append(Rounds(start, stop, rounds))
+        blocks += rounds * length
     if not found or bool((lengths_R != lengths_R[0]).any()) or blocks * layout.block < lengths_R[0]:
         return None
     last_R = found[-1].stop - 1 - length * torch.arange(lanes - 1, -1, -1)
     return found if torch.equal(last_R, layout.last_R) else None
+
+
+def _stretches(owner_n: npt.NDArray[np.int64]) -> list[tuple[int, int, int, npt.NDArray[np.int64]]]:
+    """Runs of one lane, as long as their neighbours: first block, the one behind, blocks of a run, lane of each run.
+
+    Blocks of no lane are left out.
+    """
+    edges = np.flatnonzero(np.diff(owner_n, prepend=-2, append=-2))
+    lane_r, length_r = owner_n[edges[:-1]], np.diff(edges)
+    cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
+    return [
+        (int(edges[first]), int(edges[behind]), int(length_r[first]), lane_r[first:behind])
+        for first, behind in pairwise(cuts.tolist())
+        if lane_r[first] >= 0
+    ]
 
 
 def over_even(q_RQE: Tensor, even: Even, scoring: Scoring) -> tuple[Tensor, Tensor]:
@@ -195,18 +205,14 @@ def _groups(layout: BlockLayout, part: Part, owner_n: Tensor) -> list[Group]:
 
     def find() -> list[Group]:
         lanes_n = layout.owner_N[part].numpy()
-        edges = np.flatnonzero(np.diff(lanes_n, prepend=-2, append=-2))
-        lane_r, length_r = lanes_n[edges[:-1]], np.diff(edges)
-        cuts = np.flatnonzero(np.diff(np.where(lane_r < 0, -1, length_r), prepend=0, append=0))
-        if len(cuts) * _LONG > len(lanes_n):
+        stretches = _stretches(lanes_n)
+        if len(stretches) * _LONG > len(lanes_n):
             return [each]
         found = []
-        for first, behind in pairwise(cuts.tolist()):
-            if lane_r[first] >= 0:
-                length, lane_g = int(length_r[first]), torch.from_numpy(lane_r[first:behind]).to(owner_n.device)
-                pieces = max(n for n in range(1, _LONG + 1) if length % n == 0)
-                piece_p = lane_g.repeat_interleave(length // pieces)
-                found.append(Group(int(edges[first]), int(edges[behind]), length, lane_g, pieces, piece_p))
+        for start, stop, length, lane_r in stretches:
+            lane_g = torch.from_numpy(lane_r).to(owner_n.device)
+            pieces = max(n for n in range(1, _LONG + 1) if length % n == 0)
+            found.append(Group(start, stop, length, lane_g, pieces, lane_g.repeat_interleave(length // pieces)))
         return found
 
     groups: list[Group] = layout.of_blocks(("groups", part.start, part.stop, owner_n.device), find)

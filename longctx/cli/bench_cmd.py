@@ -137,7 +137,8 @@ def _precision(args: argparse.Namespace) -> int:
 def _mixers(args: argparse.Namespace) -> int:
     import torch
 
-    from longctx.bench.mixers import DECODERS, LENGTHS, growth, plot, table
+    from longctx.bench.mixers import LENGTHS, growth, plot, table
+    from longctx.bench.training import DECODERS
     from longctx.cli.options import whole_number
     from longctx.config.mixers import MIXER_NAMES
     from longctx.errors import ConfigError

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from longctx.bench.mixers import DECODERS, growth, slope, table
+from longctx.bench.mixers import growth, slope, table
+from longctx.bench.training import DECODERS
 from longctx.cli.main import main
 from longctx.mixers import MIXERS
 
