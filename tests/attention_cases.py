@@ -23,7 +23,13 @@ from longctx.sequence.context import SequenceContext
 from longctx.sequence.layout import LAYOUTS, Layout
 from longctx.sequence.plan import Documents
 
-KERNELS = {"naive": NAIVE, "tiled": replace(NAIVE, tile=3), "cpu_flash": CPU_FLASH, "varlen": NAIVE_VARLEN}
+KERNELS = {
+    "naive": NAIVE,
+    "tiled": replace(NAIVE, tile=(3, 3)),
+    "cpu_flash": CPU_FLASH,
+    "strips": replace(CPU_FLASH, strip=(2, 4), tile=(9, 9), backward_tile=(11, 5)),
+    "varlen": NAIVE_VARLEN,
+}
 
 
 @dataclass(frozen=True)

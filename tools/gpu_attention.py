@@ -33,6 +33,7 @@ from torch import Tensor
 from longctx import __version__
 from longctx.attention.kernels import NAIVE, Kernel, Scoring, kernels_of
 from longctx.attention.local import Partial, gradients
+from longctx.attention.sums import Sums
 from longctx.bench.virtual_ring import VirtualRing, cut
 from longctx.config.humanint import parse_int
 from longctx.errors import first_line
@@ -103,9 +104,10 @@ def through_slices(
     """Everything by the local step of the ring."""
     partial = Partial.empty(q)
     partial.attend(q, k, v, slices, kernel, scoring)
-    out, dq = partial.out_NHE.to(q.dtype), torch.zeros_like(partial.out_NHE)
-    dkv = gradients(dout, q, k, v, out, partial.lse_NH, slices, kernel, scoring, dq)
-    return dict(zip(PARTS, (out, partial.lse_NH, dq, dkv[:, 0], dkv[:, 1]), strict=True))
+    out, lse = partial.finished(None, q.dtype)
+    dq = Sums.like(q, lse.dtype)
+    dkv = gradients(dout, q, k, v, out, lse, slices, kernel, scoring, dq)
+    return dict(zip(PARTS, (out, lse, dq.finished(), dkv[:, 0], dkv[:, 1]), strict=True))
 
 
 def cases(rows: int) -> Iterator[tuple[str, list[Slice]]]:

@@ -14,6 +14,7 @@ from longctx.attention.bias import bias_gradients
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
+from longctx.attention.sums import Sums
 from longctx.sequence.collectives.gather import GatherRows
 from longctx.sequence.plan import AttentionPlan
 
@@ -103,9 +104,10 @@ def _gradients(
     call: GatheredCall = ctx.call
     q_NHE, kv_M2KE, sink_H, bias_2HE, out_NHE, lse_NH = ctx.saved_tensors
     dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
-    dq_NHE = torch.zeros_like(q_NHE, dtype=lse_NH.dtype)
+    dq = Sums.like(q_NHE, lse_NH.dtype)
     dkv_M2KE = gradients(
-        dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring, dq_NHE
+        dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring, dq
     )
+    dq_NHE = dq.finished()
     dbias_2HE = bias_gradients(dout_NHE, q_NHE, out_NHE, lse_NH, bias_2HE, call.scoring, dq_NHE)
     return dq_NHE.to(q_NHE.dtype), dkv_M2KE, dsink_H, dbias_2HE

@@ -164,8 +164,9 @@ def hepos_tree(
         q_NAE, k_MKE, v_MKE = (t.flatten(0, 1) for t in (q_BTAE, k_BMKE, v_BMKE))
         partial = Partial.empty(q_NAE)
         partial.attend(q_NAE, k_MKE, v_MKE, rows, kernel, scoring)
-        outputs.append(partial.out_NHE.view(q_BTAE.shape))
-        sums.append(partial.lse_NH.view(*q_BTAE.shape[:3], 1))
+        out_NAE, lse_NA = partial.finished(None, partial.out_NHE.dtype)
+        outputs.append(out_NAE.view(q_BTAE.shape))
+        sums.append(lse_NA.view(*q_BTAE.shape[:3], 1))
     out_BTHE, _ = tree_merge(_by_head(outputs, kv), _by_head(sums, kv)[..., 0], group, ledger)
     return out_BTHE.to(q_BTHE.dtype)
 

@@ -3,31 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from longctx.attention.bias import add_bias_
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.kernels.base import Gradients
 from longctx.attention.merge import add_sink_, merge_
-from longctx.attention.steps import Rows, Step, steps_of
+from longctx.attention.steps import Blocks, Rows, Step, steps_of
+from longctx.attention.sums import Seen, Sums
 from longctx.sequence.plan import Slice
 
 
 @dataclass
 class Partial:
-    """Accumulators of one rank's queries: out_NHE and lse_NH over the keys seen so far, and which rows saw any."""
+    """Accumulators of one rank's queries: out_NHE and lse_NH over the keys seen so far, and which rows saw any.
+
+    The output of the other rows is undefined until :meth:`finished`.
+    """
 
     out_NHE: torch.Tensor
     lse_NH: torch.Tensor
-    seen_N: npt.NDArray[np.bool_]
+    seen: Seen
 
     @staticmethod
     def empty(q_NHE: torch.Tensor) -> "Partial":
         wide = torch.promote_types(q_NHE.dtype, torch.float32)
-        out = torch.zeros(q_NHE.shape, dtype=wide, device=q_NHE.device)
-        return Partial(out, out.new_full(q_NHE.shape[:2], float("-inf")), np.zeros(q_NHE.shape[0], dtype=bool))
+        out = torch.empty(q_NHE.shape, dtype=wide, device=q_NHE.device)
+        return Partial(out, out.new_full(q_NHE.shape[:2], float("-inf")), Seen(q_NHE.shape[0]))
 
     def attend(
         self, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, slices: Sequence[Slice], kernel: Kernel,
@@ -40,41 +42,40 @@ class Partial:
     def add_bias(self, q_NHE: torch.Tensor, bias_2HE: torch.Tensor | None, scoring: Scoring) -> None:
         """Add the key and value that every row sees, if there are any; once."""
         if bias_2HE is not None:
+            self.seen.clear_rest((self.out_NHE,))
             add_bias_(self.out_NHE, self.lse_NH, q_NHE, bias_2HE, scoring)
 
     def finished(self, sink_H: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """out_NHE in ``dtype`` and lse_NH, the sink included; after all keys."""
+        self.seen.clear_rest((self.out_NHE,))
         if sink_H is not None:
             add_sink_(self.out_NHE, self.lse_NH, sink_H)
         return self.out_NHE.to(dtype), self.lse_NH
 
-    def _add(self, rows: Rows, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if not self.seen_N[rows.host].any():
+    def _add(self, rows: Rows | Blocks, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if self.seen.first(rows, (self.out_NHE,)):
             rows.assign_(self.out_NHE, out)
             rows.assign_(self.lse_NH, lse)
-            self.seen_N[rows.host] = True
             return
         total_out, total_lse = rows.of(self.out_NHE), rows.of(self.lse_NH)
         merge_(total_out, total_lse, out, lse)
-        if rows.span is None:
+        if not rows.views:
             rows.assign_(self.out_NHE, total_out)
             rows.assign_(self.lse_NH, total_lse)
-        self.seen_N[rows.host] = True
 
 
 def gradients(
     dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, out_NHE: torch.Tensor,
-    lse_NH: torch.Tensor, slices: Sequence[Slice], kernel: Kernel, scoring: Scoring, dq_NHE: torch.Tensor,
+    lse_NH: torch.Tensor, slices: Sequence[Slice], kernel: Kernel, scoring: Scoring, dq_NHE: Sums,
 ) -> torch.Tensor:  # fmt: skip
     """Add this block's share to ``dq_NHE`` and return its dk and dv, stacked [M, 2, K, E], in the wide dtype."""
-    dkv_M2KE = torch.zeros(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=dq_NHE.dtype, device=dq_NHE.device)
-    dk_MKE, dv_MKE = dkv_M2KE.unbind(1)
-    for step in steps_of(slices, kernel):
+    dkv_M2KE = torch.empty(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=lse_NH.dtype, device=k_MKE.device)
+    dkv = Sums(dkv_M2KE, *dkv_M2KE.unbind(1))
+    for step in steps_of(slices, kernel, backward=True):
         dq, dk, dv = _backward(kernel, step, dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, scoring)
-        step.rows.add_(dq_NHE, dq)
-        step.columns.add_(dk_MKE, dk)
-        step.columns.add_(dv_MKE, dv)
-    return dkv_M2KE
+        dq_NHE.add(step.rows, dq)
+        dkv.add(step.columns, dk, dv)
+    return dkv.finished()
 
 
 def _forward(

@@ -20,6 +20,7 @@ from longctx.attention.bias import bias_gradients
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
+from longctx.attention.sums import Sums
 from longctx.attention.travel import QueryBlock, pack_queries, unpack_queries
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
@@ -109,7 +110,7 @@ def _keys_travel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dq and dkv of this rank's rows, in the wide dtype."""
     wide = queries.lse_NH.dtype
-    dq_NHE = torch.zeros_like(queries.q_NHE, dtype=wide)
+    dq_NHE = Sums.like(queries.q_NHE, wide)
     own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
     homeward = Homeward(own, call.key_sizes, call.there, call.group, call.ledger)
     for step, source, kv in _blocks(k_MKE, v_MKE, call):
@@ -123,7 +124,7 @@ def _keys_travel(
         else:
             homeward.add(step, dkv_M2KE)
     arrived = homeward.arrived()
-    return dq_NHE, own if arrived is None else own.add_(arrived)
+    return dq_NHE.finished(), own if arrived is None else own.add_(arrived)
 
 
 def _queries_travel(
@@ -132,9 +133,10 @@ def _queries_travel(
     """The same, with this rank's keys and values in place and every query block visiting them."""
     assert call.back is not None
     wide, rank = queries.lse_NH.dtype, call.group.rank
-    own = torch.zeros_like(queries.q_NHE, dtype=wide)
+    own = Sums.like(queries.q_NHE, wide)
     dkv_M2KE = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
-    homeward = Homeward(own, call.query_sizes, call.back, call.group, call.ledger)
+    like = queries.lse_NH.new_empty((0, *queries.q_NHE.shape[1:]))
+    homeward = Homeward(like, call.query_sizes, call.back, call.group, call.ledger)
     packed = pack_queries(queries) if len(call.back.steps) > 1 else queries.q_NHE
     for step, source, block in circulate(packed, call.query_sizes, call.back, call.group, call.ledger):
         slices = call.plan.slices(source, rank)
@@ -144,11 +146,13 @@ def _queries_travel(
             continue
         if block is not None and slices:
             visitors = unpack_queries(block, queries)
-            dq_NHE = torch.zeros_like(visitors.q_NHE, dtype=wide)
-            dkv_M2KE += gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq_NHE)
+            dq = Sums.like(visitors.q_NHE, wide)
+            dkv_M2KE += gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq)
+            dq_NHE = dq.finished()
         homeward.add(step, dq_NHE)
     arrived = homeward.arrived()
-    return own if arrived is None else own.add_(arrived), dkv_M2KE
+    dq_NHE = own.finished()
+    return dq_NHE if arrived is None else dq_NHE.add_(arrived), dkv_M2KE
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""Slices as calls of a kernel: cut into tiles, or grouped for kernels that take many blocks in one call.
+"""Slices as calls of a kernel: cut into parts, or grouped for kernels that take blocks of many lengths in one call.
 
 Pure integers, found once per hop and kept with its slices; only the tables that a device needs are tensors.
 """
@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from longctx.attention.kernels import Kernel, Segments
+from longctx.attention.parts import parts
 from longctx.sequence.slices import Mask, Slice, Slices
 
 Ranges = tuple[tuple[int, int], ...]
@@ -38,6 +40,11 @@ class Rows:
                 return None
             stop = next_stop
         return None if self.reverse else slice(start, stop)
+
+    @property
+    def views(self) -> bool:
+        """Whether :meth:`of` returns a view."""
+        return self.span is not None
 
     @cached_property
     def host(self) -> slice | npt.NDArray[np.int64]:
@@ -69,33 +76,73 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call: ``segments`` for a kernel that takes many blocks in one, None for one dense block of ``mask``."""
+class Blocks:
+    """``count`` blocks of ``rows`` rows at equal distances, as views [count, rows, ...]; one block has no batch."""
 
-    rows: Rows
-    columns: Rows
+    start: int
+    rows: int
+    count: int
+    stride: int
+
+    views: ClassVar[bool] = True
+
+    @property
+    def ranges(self) -> Ranges:
+        starts = range(self.start, self.start + self.count * self.stride, self.stride) if self.stride else [self.start]
+        return tuple((start, start + self.rows) for start in starts)
+
+    @cached_property
+    def host(self) -> slice | npt.NDArray[np.int64]:
+        """For arrays on the host."""
+        if self.count == 1:
+            return slice(self.start, self.start + self.rows)
+        return np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in self.ranges])
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.count == 1:
+            return tensor[self.start : self.start + self.rows]
+        row = tensor.stride(0)
+        return tensor.as_strided(
+            (self.count, self.rows, *tensor.shape[1:]), (self.stride * row, *tensor.stride()),
+            tensor.storage_offset() + self.start * row,
+        )  # fmt: skip
+
+    def assign_(self, tensor: torch.Tensor, rows: torch.Tensor) -> None:
+        self.of(tensor).copy_(rows)
+
+    def add_(self, tensor: torch.Tensor, rows: torch.Tensor) -> None:
+        self.of(tensor).add_(rows)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: ``segments`` for a kernel that takes blocks of many lengths, None for dense blocks of ``mask``."""
+
+    rows: Rows | Blocks
+    columns: Rows | Blocks
     mask: Mask
     segments: Segments | None = None
 
 
-def steps_of(slices: Sequence[Slice], kernel: Kernel) -> tuple[Step, ...]:
-    """The calls of ``kernel`` that do the work of ``slices``, each query-key pair once."""
+def steps_of(slices: Sequence[Slice], kernel: Kernel, backward: bool = False) -> tuple[Step, ...]:
+    """The calls of ``kernel`` that do the work of ``slices`` in a forward or backward, each query-key pair once."""
     made = slices.made if isinstance(slices, Slices) else {}
-    key = ("steps", kernel.tile, kernel.triangle, kernel.varlen is not None)
+    tile = kernel.backward_tile if backward and kernel.backward_tile else kernel.tile
+    key = ("steps", tile, kernel.strip, kernel.varlen is not None)
     if key not in made:
-        made[key] = tuple(_steps(slices, kernel))
+        made[key] = tuple(_steps(slices, kernel, tile))
     found: tuple[Step, ...] = made[key]
     return found
 
 
-def _steps(slices: Sequence[Slice], kernel: Kernel) -> Iterator[Step]:
+def _steps(slices: Sequence[Slice], kernel: Kernel, tile: tuple[int, int] | None) -> Iterator[Step]:
     if kernel.varlen is not None:
         yield from map(_grouped, groups(slices))
         return
     for s in slices:
-        for part in halved(s, kernel.triangle):
-            for tile in tiles(part, kernel.tile):
-                yield Step(Rows(((tile.q_start, tile.q_end),)), Rows(((tile.k_start, tile.k_end),)), tile.mask)
+        for part in parts(s, kernel.strip, tile):
+            rows = Blocks(part.q, part.rows, part.number, part.stride)
+            yield Step(rows, Blocks(part.k, part.columns, part.number, part.stride), part.mask)
 
 
 def groups(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -125,36 +172,3 @@ def _grouped(group: Sequence[Slice]) -> Step:
 
 def _bounds(rows: Rows) -> tuple[int, ...]:
     return tuple(accumulate((stop - start for start, stop in rows.ranges), initial=0))
-
-
-def halved(s: Slice, size: int | None) -> Iterator[Slice]:
-    """A triangle above ``size`` rows as two triangles and the square between them, again and again.
-
-    Cut at the multiple of ``size`` nearest to the middle: kernels like whole blocks better than equal halves.
-    """
-    rows = s.q_end - s.q_start
-    if size is None or s.mask == "full" or rows <= size:
-        yield s
-        return
-    middle = (rows + size) // (2 * size) * size
-    q, k = s.q_start + middle, s.k_start + middle
-    yield from halved(Slice(s.q_start, q, s.k_start, k, s.mask), size)
-    if s.mask == "causal":
-        yield Slice(q, s.q_end, s.k_start, k, "full")
-    else:
-        yield Slice(s.q_start, q, k, s.k_end, "full")
-    yield from halved(Slice(q, s.q_end, k, s.k_end, s.mask), size)
-
-
-def tiles(s: Slice, size: int | None) -> Iterator[Slice]:
-    """The same work in slices of at most ``size`` rows and columns, or as it is (None)."""
-    if size is None:
-        yield s
-        return
-    for q in range(s.q_start, s.q_end, size):
-        for k in range(s.k_start, s.k_end, size):
-            # A triangle is square, so its diagonal runs through tiles of equal place, and one side of it is empty.
-            ahead = (k - s.k_start) - (q - s.q_start)
-            if (s.mask == "causal" and ahead > 0) or (s.mask == "anticausal" and ahead < 0):
-                continue
-            yield Slice(q, min(q + size, s.q_end), k, min(k + size, s.k_end), "full" if ahead else s.mask)

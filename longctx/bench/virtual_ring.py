@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
+from longctx.attention.sums import Sums
 from longctx.sequence.layout import Layout
 from longctx.sequence.plan import AttentionPlan
 
@@ -46,8 +47,9 @@ class VirtualRing:
             for source in self._sources(rank):
                 slices = self.plan.slices(rank, source)
                 partial.attend(q, k_TKE[source], v_TKE[source], slices, self.kernel, self.scoring)
-            outs.append(partial.out_NHE.to(q.dtype))
-            lses.append(partial.lse_NH)
+            out, lse = partial.finished(None, q.dtype)
+            outs.append(out)
+            lses.append(lse)
         return outs, lses
 
     def backward(
@@ -56,13 +58,13 @@ class VirtualRing:
         """Every rank's dq, dk and dv in the dtype of its operands."""
         dqs, dkvs = [], [k.new_zeros(k.shape[0], 2, *k.shape[1:], dtype=lse_TH[0].dtype) for k in k_TKE]
         for rank, q in enumerate(q_THE):
-            dq = torch.zeros_like(q, dtype=lse_TH[rank].dtype)
+            dq = Sums.like(q, lse_TH[rank].dtype)
             for source in self._sources(rank):
                 dkvs[source] += gradients(
                     dout_THE[rank], q, k_TKE[source], v_TKE[source], out_THE[rank], lse_TH[rank],
                     self.plan.slices(rank, source), self.kernel, self.scoring, dq,
                 )  # fmt: skip
-            dqs.append(dq.to(q.dtype))
+            dqs.append(dq.finished().to(q.dtype))
         dk, dv = ([dkv[:, i].to(k_TKE[0].dtype) for dkv in dkvs] for i in range(2))
         return dqs, dk, dv
 

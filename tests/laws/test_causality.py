@@ -80,7 +80,7 @@ def test_attention_and_its_gradients_are_causal(pool: Pool, seed: int) -> None:
     rng = random.Random(seed)
     for world in (1, 2, 3, 4):
         problems = []
-        for kernel in ("naive", "cpu_flash") * 5:
+        for kernel in ("naive", "cpu_flash", "strips") * 4:
             # Scores of order 1: a weight below the rounding of its row would hide that a token is seen.
             drawn = random_problem(rng, kernel)
             dtype, scale = rng.choice([torch.float32, torch.float64]), 0.2 * drawn.head_dim**-0.5

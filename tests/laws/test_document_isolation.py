@@ -81,7 +81,7 @@ def random_job(rng: random.Random, kernel: str) -> tuple[Problem, Document, str]
 def test_outputs_and_gradients_of_other_documents_keep_every_bit(pool: Pool, seed: int) -> None:
     rng = random.Random(seed)
     for world in (1, 2, 3, 4):
-        jobs = [random_job(rng, kernel) for kernel in ("naive", "cpu_flash", "varlen") * 6]
+        jobs = [random_job(rng, kernel) for kernel in ("naive", "cpu_flash", "strips", "varlen") * 5]
         for (problem, document, change), (plain, changed) in zip(
             jobs, pool.run(answers_here, world, jobs)[0], strict=True
         ):

@@ -1,8 +1,9 @@
 """The one signature of all kernels.
 
-A kernel works on one dense block: N queries over M keys of the same document, never empty. One that takes sequences
-of different lengths works on many such blocks in one call. Legend: N query rows, M key rows, H query heads, K kv heads,
-E head dim.
+A kernel works on one dense block: N queries over M keys of the same document, never empty, square where it is masked
+(but see :attr:`Kernel.strip`). One that takes sequences of different lengths works on many such blocks in one call.
+
+Legend: N query rows, M key rows, H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Callable
@@ -99,8 +100,8 @@ def flipping(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if mask != "anticausal":
             return forward(q_NHE, k_MKE, v_MKE, mask, scoring)
-        out, lse = forward(q_NHE.flip(0), k_MKE.flip(0), v_MKE.flip(0), "causal", scoring)
-        return out.flip(0), lse.flip(0)
+        out, lse = forward(q_NHE.flip(-3), k_MKE.flip(-3), v_MKE.flip(-3), "causal", scoring)
+        return out.flip(-3), lse.flip(-2)
 
     def flipped_backward(
         dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
@@ -108,9 +109,9 @@ def flipping(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
     ) -> Gradients:  # fmt: skip
         if mask != "anticausal":
             return backward(dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, mask, scoring)
-        dout, q, k, v, out, lse = (t.flip(0) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH))
-        dq, dk, dv = backward(dout, q, k, v, out, lse, "causal", scoring)
-        return dq.flip(0), dk.flip(0), dv.flip(0)
+        dout, q, k, v, out = (t.flip(-3) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
+        dq, dk, dv = backward(dout, q, k, v, out, lse_NH.flip(-2), "causal", scoring)
+        return dq.flip(-3), dk.flip(-3), dv.flip(-3)
 
     return flipped_forward, flipped_backward
 
@@ -131,10 +132,12 @@ def always(device: torch.device) -> bool:
 class Kernel:
     """A backend: its name, the dtypes and head sizes it takes, and its two functions.
 
-    ``tile``: most rows and columns of one call: what the call holds beside its operands grows with them.
+    ``tile``: most rows and most keys of a block: what a call holds beside its operands grows with them.
+    ``backward_tile``: the same of a backward; that of the forward unless given.
     ``softcaps``: whether it honours :attr:`Scoring.softcap`.
-    ``triangle``: largest causal block of one call, for a kernel that computes much of what the mask hides; larger ones
-    are cut into two such triangles and a square, again and again. None: the kernel skips what is hidden.
+    ``strip``: for a kernel that computes much of what a triangle hides: rows of a strip and of a block of strips
+    (:mod:`longctx.attention.parts`). Such a kernel takes causal blocks of more keys than rows, whose last row sees all
+    keys, and equal blocks with a batch dimension before all others. None: the kernel skips what is hidden.
     ``varlen``: the functions for many blocks in one call, where it has them.
     ``found``: whether it can run on a device of this process.
     """
@@ -145,9 +148,10 @@ class Kernel:
     backward: Backward
     head_multiple: int = 1
     head_limit: int | None = None
-    tile: int | None = None
+    tile: tuple[int, int] | None = None
+    backward_tile: tuple[int, int] | None = None
     softcaps: bool = False
-    triangle: int | None = None
+    strip: tuple[int, int] | None = None
     varlen: Varlen | None = None
     found: Callable[[torch.device], bool] = always
 

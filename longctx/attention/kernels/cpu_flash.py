@@ -1,10 +1,15 @@
 """torch's CPU flash attention: native GQA, returns and accepts the log-sum-exp, no score matrix.
 
 Its traps: an empty operand crashes the process, causal means top-left aligned, a fully masked row reports lse 0. Slices
-are never empty and causal ones are square, so none of the three can occur here. It works on blocks of 512 keys, hidden
-ones included: a causal block below that costs as much as the whole square. Triangles are therefore cut; from 128 rows
-on a square costs the same per pair as a long one, below that more.
+are never empty and causal ones are square, so none of the three can occur here.
+
+It works on blocks of 512 keys, hidden ones included, so that a causal block below that costs as much as the whole
+square; and in blocks of 32 rows where there are few. Triangles therefore come as strips of 32 rows, with a mask. A
+backward of 448 keys at a time is some 8 percent faster than one of 512, whose intermediate rows fall on each other's
+places in the cache.
 """
+
+from functools import lru_cache
 
 import torch
 
@@ -13,19 +18,35 @@ from longctx.attention.kernels.dense import Operands, flash_kernel
 
 
 def _forward(qkv: Operands, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, causal, scale=scale)
+    mask = _mask(qkv, causal)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *qkv, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+    )
     return out, lse
 
 
 def _backward(
     dout: torch.Tensor, qkv: Operands, out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float
 ) -> Gradients:
+    mask = _mask(qkv, causal)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, *qkv, out, lse, 0.0, causal, scale=scale
+        dout, *qkv, out, lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale
     )
     return dq, dk, dv
 
 
+def _mask(qkv: Operands, causal: bool) -> torch.Tensor | None:
+    """What a causal block adds to its scores, where there are more keys than rows."""
+    rows, columns = qkv[0].shape[2], qkv[1].shape[2]
+    return _trapezoid(rows, columns, qkv[0].dtype) if causal and rows != columns else None
+
+
+@lru_cache(maxsize=64)
+def _trapezoid(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((rows, columns), float("-inf"), dtype=dtype).triu(columns - rows + 1)
+
+
 CPU_FLASH = flash_kernel(
-    "cpu_flash", frozenset({torch.float64, torch.float32, torch.bfloat16}), _forward, _backward, tile=4096, triangle=128
-)
+    "cpu_flash", frozenset({torch.float64, torch.float32, torch.bfloat16}), _forward, _backward,
+    tile=(4096, 4096), backward_tile=(2048, 448), strip=(32, 224),
+)  # fmt: skip

@@ -14,13 +14,13 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class FlashForward(Protocol):
-    """torch's layout: [1, heads, rows, E] in, the output so and its log-sum-exp [1, H, N] out."""
+    """torch's layout: [blocks, heads, rows, E] in, the output so and its log-sum-exp [blocks, H, N] out."""
 
     def __call__(self, qkv: Operands, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class FlashBackward(Protocol):
-    """Gradients of q, k, v [1, heads, rows, E]."""
+    """Gradients of q, k, v [blocks, heads, rows, E]."""
 
     def __call__(
         self, dout: torch.Tensor, qkv: Operands, out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float
@@ -35,22 +35,23 @@ def flash_kernel(
     def forward(
         q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, mask: Mask, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (_batched(t) for t in (q_NHE, k_MKE, v_MKE))
-        out, lse = flash_forward((q, k, v), mask == "causal", scoring.scale)
-        return out[0].transpose(0, 1), lse[0].T
+        q, k, v = (_heads_first(t) for t in (q_NHE, k_MKE, v_MKE))
+        out, lse = (t.transpose(1, 2) for t in flash_forward((q, k, v), mask == "causal", scoring.scale))
+        return (out, lse) if q_NHE.dim() == 4 else (out[0], lse[0])
 
     def backward(
         dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor,
         out_NHE: torch.Tensor, lse_NH: torch.Tensor, mask: Mask, scoring: Scoring,
     ) -> Gradients:  # fmt: skip
-        dout, q, k, v, out = (_batched(t) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
-        lse = lse_NH.T[None].contiguous()
-        dq, dk, dv = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scoring.scale)
-        return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
+        dout, q, k, v, out = (_heads_first(t) for t in (dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE))
+        lse = lse_NH.transpose(-1, -2).contiguous().view(q.shape[:3])
+        gradients = flash_backward(dout, (q, k, v), out, lse, mask == "causal", scoring.scale)
+        dq, dk, dv = (t.transpose(1, 2) for t in gradients)
+        return (dq, dk, dv) if q_NHE.dim() == 4 else (dq[0], dk[0], dv[0])
 
     return Kernel(name, dtypes, *flipping(forward, backward), **limits)
 
 
-def _batched(t_NHE: torch.Tensor) -> torch.Tensor:
-    """[N, H, E] as [1, H, N, E], without a copy."""
-    return t_NHE.transpose(0, 1)[None]
+def _heads_first(t: torch.Tensor) -> torch.Tensor:
+    """[N, H, E], or blocks of it [B, N, H, E], as [B, H, N, E] without a copy."""
+    return (t if t.dim() == 4 else t[None]).transpose(1, 2)

@@ -61,6 +61,6 @@ def backward(
 
 
 NAIVE = Kernel(
-    "naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward, tile=1024,
-    softcaps=True,
+    "naive", frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), forward, backward,
+    tile=(1024, 1024), softcaps=True,
 )  # fmt: skip

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.attention.merge import merge_
+from longctx.attention.parts import tiles
 from longctx.attention.schemes import inner_and_outer, schedules_of
-from longctx.attention.steps import tiles
 from longctx.errors import UnsupportedError
 from longctx.mixers.ops.token_types import GLOBAL, LOCAL, SLIDING, next_global, planned_next_global
 from longctx.sequence.collectives.ledger import Transfer
@@ -236,7 +236,7 @@ class Hop:
         if seen_only and self.slices:
             reach_M, query_N = self.reach_MK.amax(1).cpu().numpy(), self.query_N.cpu().numpy()
         for s in self.slices:
-            for tile in tiles(s, call.tile):
+            for tile in tiles(s, call.tile, call.tile):
                 if reach_M is None or reach_M[tile.k_start : tile.k_end].max() >= query_N[tile.q_start]:
                     yield tile
 

@@ -1,0 +1,72 @@
+"""Accumulators that are not filled with zeros first: what comes to a row first is put there.
+
+Memory that is written once more than needed costs as much as a good part of the attention of short documents.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longctx.attention.steps import Blocks, Rows
+
+
+class Seen:
+    """Which rows of some accumulators hold anything; the others are undefined memory."""
+
+    def __init__(self, rows: int) -> None:
+        self._seen_N = np.zeros(rows, dtype=bool)
+        self._left = rows
+
+    def first(self, rows: Rows | Blocks, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether none of ``rows`` holds anything yet; all will. Where only some do, the others become zeros."""
+        if not self._left:
+            return False
+        before = self._seen_N[rows.host]
+        count = int(before.sum())
+        if count == len(before):
+            return False
+        if count:
+            self._clear(tensors, np.arange(len(self._seen_N))[rows.host][~before])
+        self._seen_N[rows.host] = True
+        self._left -= len(before) - count
+        return not count
+
+    def clear_rest(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Zeros for all rows that hold nothing."""
+        if self._left:
+            self._clear(tensors, np.flatnonzero(~self._seen_N))
+            self._left = 0
+
+    @staticmethod
+    def _clear(tensors: Sequence[torch.Tensor], index: npt.NDArray[np.int64]) -> None:
+        for tensor in tensors:
+            tensor.index_fill_(0, torch.as_tensor(index, device=tensor.device), 0)
+
+
+class Sums:
+    """Sums of what steps add to some rows. A row holds nothing until something is added: that is put there, not added.
+
+    ``total`` [rows, ...] is the memory of the sums, ``parts`` views of it that are added to together.
+    """
+
+    def __init__(self, total: torch.Tensor, *parts: torch.Tensor) -> None:
+        self._total, self._parts = total, parts or (total,)
+        self._seen = Seen(total.shape[0])
+
+    @staticmethod
+    def like(tensor: torch.Tensor, dtype: torch.dtype) -> "Sums":
+        """For rows of the same shape."""
+        return Sums(torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format))
+
+    def add(self, rows: Rows | Blocks, *addends: torch.Tensor) -> None:
+        """Add to each part."""
+        first = self._seen.first(rows, self._parts)
+        for part, addend in zip(self._parts, addends, strict=True):
+            rows.assign_(part, addend) if first else rows.add_(part, addend)
+
+    def finished(self) -> torch.Tensor:
+        """The sums: zero where nothing was added. Nothing is added after that."""
+        self._seen.clear_rest(self._parts)
+        return self._total
