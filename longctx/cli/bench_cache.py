@@ -81,6 +81,7 @@ def cache(args: argparse.Namespace) -> int:
     found = bench.measure(model.eval(), asked, names, show_progress)
     for trained in learned:
         found += measure_nats(trained, asked)
+    found.sort(key=lambda row: list(bench.TASKS).index(row.task))
     print("\n".join(bench.table(found, reference)))
     write_json(args.json, bench.as_json(found))
     if args.plot is not None:

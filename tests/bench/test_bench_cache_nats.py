@@ -119,7 +119,8 @@ def test_train_keep_and_measure(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = [row for row in json.loads(file.read_text()) if row["method"] == "nats"]
     assert len(lines) == len(found) == 2 * len(bench.TASKS)
     asked = {task: bench.questions(task, LENGTH, 8, 1) for task in bench.TASKS}
-    assert found == bench.as_json([row for model in models for row in measure_nats(open_nats(model), asked)])
+    by_model = [measure_nats(open_nats(model), asked) for model in models]
+    assert found == bench.as_json([row for of_task in zip(*by_model, strict=True) for row in of_task])
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
