@@ -8,6 +8,7 @@ Legend: B rows, T tokens of a context, Q = 2 tokens of a question.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from longctx.cache.ragged import all_compressed
 from longctx.cache.representation import RepresentationShift
 from longctx.errors import ConfigError
 from longctx.generate.calibrate import key_bases
-from longctx.generate.decode import LanguageModel, advance
+from longctx.generate.decode import Decoded, LanguageModel, advance
 
 __all__ = ["METHODS", "SHARES", "TASKS", "VOCAB", "WINDOW", "Found", "Method"]
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -99,7 +100,7 @@ TASKS: Mapping[str, int] = MappingProxyType({"needle": 1, "multi-key": 8})
 
 @dataclass(frozen=True)
 class Found:
-    """Share of right answers of one method at one budget."""
+    """Share of right answers of one method at one budget, or of a model at the share that it keeps by itself."""
 
     task: str
     method: str
@@ -130,15 +131,24 @@ def bases(model: LanguageModel, tokens: int, seed: int, rows: int = 32) -> Bases
     return {layer: basis_KEE for layer, (basis_KEE, _) in found.items()}
 
 
-@torch.no_grad()
 def accuracy(model: LanguageModel, asked: Mapping[str, list[Any]], cache: CacheOptions) -> float:
     """Share of right answers."""
-    context_BT, question_BQ, answer_B = (torch.tensor(asked[k]) for k in ("contexts", "questions", "answers"))
-    _, done = advance(model, context_BT, cache=cache)
-    done = done._replace(state=all_compressed(done.state))
-    hidden_BQD, _ = advance(model, question_BQ, done)
+    return answered(model, asked, after_context(model, asked, cache))
+
+
+@torch.no_grad()
+def after_context(model: LanguageModel, asked: Mapping[str, list[Any]], cache: CacheOptions) -> Decoded:
+    """What a question comes to: contexts that were read, in a cache compressed at their end."""
+    _, done = advance(model, torch.tensor(asked["contexts"]), cache=cache)
+    return done._replace(state=all_compressed(done.state))
+
+
+@torch.no_grad()
+def answered(model: LanguageModel, asked: Mapping[str, list[Any]], done: Decoded) -> float:
+    """Share of right answers to the questions behind these contexts."""
+    hidden_BQD, _ = advance(model, torch.tensor(asked["questions"]), done)
     said_B: Tensor = model.logits(hidden_BQD[:, -1:])[:, 0].argmax(-1)
-    return float((said_B == answer_B).double().mean())
+    return float((said_B == torch.tensor(asked["answers"])).double().mean())
 
 
 def measure(
@@ -182,23 +192,35 @@ def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[Found], reference: Sequence[Found] = ()) -> list[str]:
-    """Percent of right answers as lines of text, beside those of kvpress where it was run."""
+    """Percent of right answers as lines of text, beside those of kvpress where it was run.
+
+    A model that keeps a share of its own has a line to itself, under the budget nearest to that share.
+    """
     theirs = {(row.task, row.method, row.share): row.accuracy for row in reference}
     lines = [f"| task | method | {' | '.join(f'{share:g} kept' for share in SHARES)} |", "|---" * 7 + "|"]
-    ours = {(row.task, row.method): {} for row in found}  # type: dict[tuple[str, str], dict[float, float]]
-    for row in found:
-        ours[row.task, row.method][row.share] = row.accuracy
-    for (task, method), by_share in ours.items():
-        cells = []
-        for share, value in by_share.items():
-            other = theirs.get((task, method, share))
-            cells.append(f"{100 * value:.0f}" + ("" if other is None else f" ({100 * other:.0f})"))
-        lines.append(f"| {task} | {method} | {' | '.join(cells)} |")
+    ours: dict[tuple[str, str, int], dict[float, str]] = {}
+    for number, row in enumerate(found):
+        cell, share = f"{100 * row.accuracy:.0f}", row.share
+        if row.method not in METHODS:
+            ours[row.task, row.method, number] = {_nearest(share): f"{cell} at {share:.3f}"}
+            continue
+        other = theirs.get((row.task, row.method, share))
+        cell += "" if other is None else f" ({100 * other:.0f})"
+        ours.setdefault((row.task, row.method, -1), {})[share] = cell
+    for (task, method, _), cells in ours.items():
+        lines.append(f"| {task} | {method} | {' | '.join(cells.get(share, '') for share in SHARES)} |")
     return lines
 
 
+def _nearest(share: float) -> float:
+    return min(SHARES, key=lambda budget: abs(math.log(budget / share)))
+
+
 def plot(found: Sequence[Found], reference: Sequence[Found], path: Path) -> None:
-    """Accuracy over the share kept, a panel per task, lines ours and rings kvpress's, as PNG."""
+    """Accuracy over the share kept, a panel per task, lines ours and rings kvpress's, as PNG.
+
+    A star is a model that keeps a share of its own.
+    """
     from longctx.report.style import LIGHT, figure, headline
 
     tasks = list(dict.fromkeys(row.task for row in found))
@@ -212,6 +234,7 @@ def plot(found: Sequence[Found], reference: Sequence[Found], path: Path) -> None
                     sorted((row.share, row.accuracy) for row in rows if (row.task, row.method) == (task, name))
                     for rows in (found, reference)
                 )
+                line = line if name in METHODS else "*"
                 axes.semilogx(*zip(*ours, strict=True), line, base=2, label=name, **style)
                 if theirs:
                     axes.semilogx(*zip(*theirs, strict=True), "o", base=2, markerfacecolor="none", **style)

@@ -8,19 +8,22 @@ that a token belongs to the one before it; to find an entry by its key among oth
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from longctx.checkpoint.save import save_checkpoint
 from longctx.config.load import load_config
+from longctx.config.schema import Config, Model
 from longctx.config.schema import Sequence as SequenceSection
+from longctx.data.folders import check_target, new_folder
 from longctx.errors import ConfigError
 from longctx.model.decoder import CausalLM
 from longctx.model.head import IGNORED
-from longctx.model.hf_save import save_hf
+from longctx.model.hf_save import CONTENT, save_hf
 from longctx.runtime.launcher import Launch
 from longctx.runtime.process import joined_world
 from longctx.sequence.layout import Run
@@ -109,29 +112,57 @@ class Learned:
 def train_retrieval(
     path: Path, overrides: Sequence[str], folder: Path, launch: Launch, advance: Callable[[str], None] = lambda _: None
 ) -> Learned:
-    """Train the model of a config with its ``train`` section, and write it as a Hugging Face folder.
+    """Train the model of a config with its ``train`` section, and write it.
 
-    A stage is over when the loss of 25 steps falls below :data:`ENOUGH`; training ends after the last, or with
-    ``train.steps``. The data section is not read.
+    Of softmax layers alone it becomes a Hugging Face folder, else the checkpoint of a run, without a tokenizer. A stage
+    is over when the loss of 25 steps falls below :data:`ENOUGH`; training ends after the last, or with ``train.steps``.
+    The data section is not read.
 
     Raises:
         ConfigError: a fault in the config, or a vocabulary of another size.
+        DataError: the folder holds other files.
     """
     config = load_config(path, overrides)
-    if config.engine.kind != "torch" or config.sequence.degree > 1:
-        raise ConfigError(f"{path}: one process trains this; set engine.kind to torch and sequence.degree to 1")
-    if config.model.vocab_size != VOCAB:
-        raise ConfigError(f"{path}: model.vocab_size is {config.model.vocab_size}; the task has {VOCAB} tokens")
+    _check(path, config)
     with joined_world(config.runtime, SequenceSection(length=1, degree=1), launch) as mesh:
         model_config = config.model.model_copy(
             update={"max_position_embeddings": config.model.max_position_embeddings or config.sequence.length}
         )
+        check_target(folder, overwrite=True, content=CONTENT if _exports(model_config) else _CHECKPOINTS)
         model = CausalLM(model_config, seed=config.train.seed)
         grown = stages(config.sequence.length)
         trainer = Trainer(config, model_config, mesh, build_engine(config, model, mesh), grown[0])
         learned = _train(trainer, grown, advance)
-        save_hf(cast(CausalLM, trainer.engine.module), model_config, folder, overwrite=True)
+        _write(trainer, folder)
     return learned
+
+
+def _check(path: Path, config: Config) -> None:
+    """Raises ConfigError as :func:`train_retrieval` says."""
+    if config.engine.kind != "torch" or config.sequence.degree > 1:
+        raise ConfigError(f"{path}: one process trains this; set engine.kind to torch and sequence.degree to 1")
+    if config.model.vocab_size != VOCAB:
+        raise ConfigError(f"{path}: model.vocab_size is {config.model.vocab_size}; the task has {VOCAB} tokens")
+    for part in ("from_hf", "from_run", "recurrence", "block", "proposals", "sink_tokens"):
+        if getattr(config.model, part):
+            raise ConfigError(f"{path}: model.{part} has no place in this training; leave it out")
+
+
+_CHECKPOINTS = ("checkpoints",)
+
+
+def _exports(config: Model) -> bool:
+    return set(config.mixers) == {"softmax"} and not config.kv_bias
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    """In place of what an earlier training wrote there."""
+    if _exports(trainer.model):
+        save_hf(cast(CausalLM, trainer.engine.module), trainer.model, folder, overwrite=True)
+        return
+    with new_folder(folder, overwrite=True, content=_CHECKPOINTS) as partial:
+        state = {**asdict(trainer.progress), "corpora": []}
+        save_checkpoint(partial, trainer.engine, trainer.mesh, trainer.model, state, None)
 
 
 ENOUGH = 0.03

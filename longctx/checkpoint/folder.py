@@ -68,6 +68,31 @@ def read_model_config(checkpoint: Path) -> Model:
         raise CheckpointError(f"{file} is no model section ({key}: {fault['msg']}); use another checkpoint") from None
 
 
+def open_checkpoint(
+    checkpoint: Path,
+) -> "tuple[CausalLM | AttachedCausalLM | SegmentedDecoder | ProposingDecoder, Model]":
+    """Load the model of a checkpoint, which may be without a tokenizer: fp32, on the host.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    from longctx.model.attached import build_attached
+    from longctx.model.hf import empty_model
+    from longctx.model.proposals import with_proposals
+    from longctx.recurrence import with_recurrence
+
+    config = read_model_config(checkpoint)
+    decoder: CausalLM | AttachedCausalLM
+    if config.hf_config is not None:
+        decoder = build_attached(config)
+    else:
+        decoder = empty_model(config).to_empty(device="cpu")
+        decoder.tie_weights()
+    model = with_proposals(with_recurrence(decoder, None), None)
+    load_weights(checkpoint, model)
+    return model, config
+
+
 def open_model(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> "tuple[CausalLM | AttachedCausalLM | SegmentedDecoder | ProposingDecoder, Model, Tokenizer]":
@@ -81,23 +106,14 @@ def open_model(
         CheckpointError: the path is none of the three.
     """
     from longctx.data.tokenizer import load_tokenizer
-    from longctx.model.attached import build_attached, open_attached
-    from longctx.model.hf import empty_model, load_hf, read_hf_config
-    from longctx.model.proposals import with_proposals
-    from longctx.recurrence import with_recurrence
+    from longctx.model.attached import open_attached
+    from longctx.model.hf import load_hf, read_hf_config
 
     path = Path(path)
     checkpoint = checkpoint_of(path)
     model: CausalLM | AttachedCausalLM | SegmentedDecoder | ProposingDecoder
     if checkpoint is not None:
-        config = read_model_config(checkpoint)
-        if config.hf_config is not None:
-            decoder: CausalLM | AttachedCausalLM = build_attached(config)
-        else:
-            decoder = empty_model(config).to_empty(device="cpu")
-            decoder.tie_weights()
-        model = with_proposals(with_recurrence(decoder, None), None)
-        load_weights(checkpoint, model)
+        model, config = open_checkpoint(checkpoint)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         if dtype is not None:
             model = model.to(dtype)

@@ -11,10 +11,17 @@ from longctx.cli.options import add_config_arguments, whole_number
 def add_arguments(subparsers: Any) -> None:
     """See :mod:`longctx.cli.main`."""
     retrieval = subparsers.add_parser("retrieval", help="train a small model to find values behind keys, for cache")
-    retrieval.add_argument("--out", metavar="DIR", type=Path, required=True, help="Hugging Face folder to write")
+    retrieval.add_argument(
+        "--out", metavar="DIR", type=Path, required=True,
+        help="Hugging Face folder to write, or run folder of a model with other layers than softmax",
+    )  # fmt: skip
     add_config_arguments(retrieval)
     cache = subparsers.add_parser("cache", help="what the model of retrieval finds in a compressed cache")
     cache.add_argument("model", metavar="MODEL", type=Path, help="folder that retrieval wrote")
+    cache.add_argument(
+        "--nats", metavar="DIR", type=Path, action="append", default=[],
+        help="folder that retrieval wrote of a model with nats layers, which keeps a share of its own; repeatable",
+    )  # fmt: skip
     cache.add_argument("--length", metavar="S", default="256", help="tokens of a row (default 256)")
     cache.add_argument("--rows", metavar="N", default="256", help="questions per task (default 256)")
     cache.add_argument("--seed", metavar="N", default="1", help="of the questions (default 1)")
@@ -44,6 +51,9 @@ def retrieval(args: argparse.Namespace) -> int:
 def cache(args: argparse.Namespace) -> int:
     """Measure every method and share, and print a table."""
     from longctx.bench import cache as bench
+    from longctx.bench.cache_nats import measure_nats, open_nats
+    from longctx.checkpoint.folder import checkpoint_of
+    from longctx.errors import ConfigError
     from longctx.model.hf import load_hf
 
     for name in ("json", "plot", "questions"):
@@ -53,18 +63,25 @@ def cache(args: argparse.Namespace) -> int:
     )
     seed = whole_number("--seed", args.seed, 0)
     reference = [] if args.compare is None else bench.read_reference(args.compare)
+    if checkpoint_of(args.model) is not None:
+        raise ConfigError(
+            f"{args.model} is a run or checkpoint folder; methods compress a Hugging Face folder, and a model of nats "
+            "layers keeps what it will: give it by --nats beside one"
+        )
     model, config = load_hf(args.model)
     if config.vocab_size != bench.VOCAB:
-        from longctx.errors import ConfigError
-
         raise ConfigError(
             f"{args.model} has {config.vocab_size} tokens, the task {bench.VOCAB}; give what bench retrieval wrote"
         )
+    learned = [open_nats(folder) for folder in args.nats]
     asked = {task: bench.questions(task, length, rows, seed) for task in bench.TASKS}
     if args.questions is not None:
         write_json(args.questions, {"tasks": asked, "shares": bench.SHARES, "window": bench.WINDOW})
     names = [name.strip() for name in args.methods.split(";") if name.strip()] or bench.available()
     found = bench.measure(model.eval(), asked, names, show_progress)
+    for trained in learned:
+        found += measure_nats(trained, asked)
+    found.sort(key=lambda row: list(bench.TASKS).index(row.task))
     print("\n".join(bench.table(found, reference)))
     write_json(args.json, bench.as_json(found))
     if args.plot is not None:

@@ -19,7 +19,7 @@ from longctx.model.families import to_hf_config, to_hf_name
 from longctx.model.tokenizer_export import export_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
-_CONTENT = (
+CONTENT = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def save_hf(
     source = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, CausalLM) else model
     dtype = dtype or _parameter(source, "embed.weight").dtype
     hf_config = to_hf_config(config, str(dtype).removeprefix("torch."))
-    with new_folder(Path(folder), overwrite=overwrite, content=_CONTENT) as partial:
+    with new_folder(Path(folder), overwrite=overwrite, content=CONTENT) as partial:
         _write_json(partial / "config.json", hf_config)
         _write_weights(source, config, partial, dtype, max_shard_bytes)
         _write_json(partial / "generation_config.json", _generation_config(config))
@@ -83,7 +83,7 @@ def save_attached(
         DataError: as :func:`save_hf`.
     """
     dtype = str(model.head.weight.dtype).removeprefix("torch.")
-    with new_folder(Path(folder), overwrite=overwrite, content=_CONTENT) as partial:
+    with new_folder(Path(folder), overwrite=overwrite, content=CONTENT) as partial:
         model.hf.save_pretrained(partial, max_shard_size=max_shard_bytes)
         _write_json(partial / "config.json", {**(model.config.hf_config or {}), "dtype": dtype})
         for file in partial.glob("*.safetensors"):

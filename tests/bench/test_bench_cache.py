@@ -84,6 +84,8 @@ def test_train_measure_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["bench", "retrieval", CONFIG, "--out", "x", "model.vocab_size=99"], "the task has 321 tokens"),
         (["bench", "retrieval", CONFIG, "--out", "x", "engine.kind=deepspeed"], "set engine.kind to torch"),
+        (["bench", "retrieval", CONFIG, "--out", "x", "model.block={size: 4}"], "model.block has no place in"),
+        (["bench", "retrieval", CONFIG, "--out", "x", "model.sink_tokens=4"], "model.sink_tokens has no place in"),
         (["bench", "cache", "nowhere"], "nowhere"),
         (["bench", "cache", "nowhere", "--compare", "gone.json"], "tools/kvpress_reference.py"),
         (["bench", "cache", "nowhere", "--json", "no/such/file"], "cannot be written"),

@@ -54,6 +54,11 @@ class TypedCache(NamedTuple):
         """Tokens of every row so far, evicted ones counted."""
         return self.globals.seen
 
+    @property
+    def lengths_R(self) -> Tensor:
+        """Tokens of every lane that are held; int64 on the host."""
+        return self.globals.lengths_R + self.locals.lengths_R + self.slidings.lengths_R
+
 
 def cached_typed_attention(
     q_BTHE: Tensor, new: Typed, cache: TypedCache, context: SequenceContext, window: int, tile: int
