@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from longctx.attention.cutting import parts
 from longctx.attention.kernels import Kernel, Segments
-from longctx.attention.parts import parts
 from longctx.sequence.slices import Mask, Slice, Slices
 
 Ranges = tuple[tuple[int, int], ...]

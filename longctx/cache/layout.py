@@ -55,12 +55,12 @@ class BlockLayout:
 
     @property
     def lanes(self) -> int:
-        return len(self.lengths_R)
+        return self.lengths_R.shape[0]
 
     @property
     def capacity(self) -> int:
         """Blocks there is room for."""
-        return len(self.owner_N)
+        return self.owner_N.shape[0]
 
     @property
     def used(self) -> int:

@@ -67,7 +67,7 @@ class Pool:
     @property
     def capacity(self) -> int:
         """Blocks there is room for."""
-        return len(self.position_NC)
+        return self.position_NC.shape[0]
 
     @property
     def rounds(self) -> bool:
@@ -134,7 +134,7 @@ class Pool:
         lane_n, token_n, block_n, offset_n = layout.came
         for store, some, slot_n in self.found(block_n):
             k_nE, v_nE, position_n = k_mE, v_mE, position_m
-            if len(slot_n) < len(position_m):  # else all come, in order
+            if slot_n.shape[0] < position_m.shape[0]:  # else all come, in order
                 row_n = (lane_n[some] * tokens + token_n[some]).to(k_mE.device)
                 k_nE, v_nE, position_n = k_mE[row_n], v_mE[row_n], position_m.to(k_mE.device)[row_n]
             new = (*self.codec.encode(k_nE), *self.codec.encode(v_nE), position_n)

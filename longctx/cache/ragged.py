@@ -124,7 +124,6 @@ class RaggedKV:
         if tokens > 1:
             k_BTKE, v_BTKE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         k_mE, v_mE = k_BTKE.reshape(-1, size), v_BTKE.reshape(-1, size)
-        position_m = position_BT.to(torch.int32)[:, None].expand(batch, heads, tokens).flatten()
         if self.options.owns_all and counts_B is None and taken_BTK is None:
             layout = self.layout.extended(tokens)
         else:
@@ -135,6 +134,10 @@ class RaggedKV:
             if taken_BTK is not None:
                 taken_RT = taken_RT & taken_BTK.transpose(1, 2).flatten(0, 1)
             layout, _ = self.layout.append(taken_RT)
+        # The same for all layers. What it was made of is kept, or another tensor could have its number.
+        _, position_m = layout.once(
+            ("positions", id(position_BT), heads), lambda: (position_BT, _by_lane(position_BT, heads))
+        )
         pool = self._own_pool()
         pool.write(layout, tokens, k_mE, v_mE, position_m)
         return self._with(pool, layout, seen=self.seen + tokens)
@@ -427,6 +430,11 @@ class RaggedKV:
         if all(user.layout is self.layout or self.layout.covers(user.layout) for user in self.pool.users):
             return self.pool
         return self.pool.copy(self.layout)
+
+
+def _by_lane(position_BT: Tensor, kv_heads: int) -> Tensor:
+    """Positions of the new tokens of all lanes, int32 [R x T]."""
+    return position_BT.to(torch.int32).repeat_interleave(kv_heads, dim=0).flatten()
 
 
 def all_compressed(state: Any) -> Any:

@@ -12,11 +12,10 @@ from attention_cases import random_documents
 from torch import Tensor
 from varlen_cases import FLASH_VARLEN, NAIVE_VARLEN
 
-from longctx.attention import attention
-from longctx.attention import parts as cutting
+from longctx.attention import attention, cutting
+from longctx.attention.cutting import Part, parts
 from longctx.attention.kernels import CPU_FLASH, NAIVE, Kernel, Scoring
 from longctx.attention.local import Partial, gradients
-from longctx.attention.parts import Part, parts
 from longctx.attention.steps import Blocks, Rows, Step, groups, steps_of
 from longctx.attention.sums import Sums
 from longctx.bench.live_bytes import LiveBytes

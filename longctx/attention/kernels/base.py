@@ -136,7 +136,7 @@ class Kernel:
     ``backward_tile``: the same of a backward; that of the forward unless given.
     ``softcaps``: whether it honours :attr:`Scoring.softcap`.
     ``strip``: for a kernel that computes much of what a triangle hides: rows of a strip and of a block of strips
-    (:mod:`longctx.attention.parts`). Such a kernel takes causal blocks of more keys than rows, whose last row sees all
+    (:mod:`longctx.attention.cutting`). Such a kernel takes causal blocks of more keys than rows, whose last row sees all
     keys, and equal blocks with a batch dimension before all others. None: the kernel skips what is hidden.
     ``varlen``: the functions for many blocks in one call, where it has them.
     ``found``: whether it can run on a device of this process.

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longctx.attention.cutting import tiles
 from longctx.attention.merge import merge_
-from longctx.attention.parts import tiles
 from longctx.attention.schemes import inner_and_outer, schedules_of
 from longctx.errors import UnsupportedError
 from longctx.mixers.ops.token_types import GLOBAL, LOCAL, SLIDING, next_global, planned_next_global
