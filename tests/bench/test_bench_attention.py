@@ -28,6 +28,9 @@ def test_simulation_needs_no_tensor_and_balances() -> None:
     assert (ring.hops, ring.crossing, ring.balance) == (7, 0, 1.0)
     assert found[8, "one", "contiguous", "ring"].balance == pytest.approx(15 / 8, rel=1e-3)
     assert found[8, "packed", "balanced", "ring"].balance <= 1.05
+    # The README's figures: what others need of packed documents, and seven whole blocks.
+    megabytes = found[8, "packed", "balanced", "ring"].bytes / 1e6, 7 * 2048 * 2 * 2 * 64 * 8 / 1e6
+    assert [round(size, 1) for size in megabytes] == [18.8, 29.4]
     # Only the block that starts the second turn leaves its node, twice in the forward-backward, and its gradient.
     double = found[16, "one", "zigzag", "double_ring"]
     assert double.bytes == found[16, "one", "zigzag", "ring"].bytes == 2 * 2 * 64 * 1024 * (15 * 4 + 14.5 * 4)
