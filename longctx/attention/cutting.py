@@ -3,7 +3,7 @@
 A kernel that computes what a triangle hides is given trapezoids: a few query rows over all keys of their block up to
 the diagonal, so that little is hidden. A triangle of n rows is blocks of B rows along the diagonal, each cut into such
 strips, and squares below them: of B rows between the blocks of a pair, of 2B between the pairs, and so on. Equal
-blocks at equal distances are one part: one call with a batch dimension, of views.
+blocks at equal distances are one cut: one call with a batch dimension, of views.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from typing import NamedTuple
 from longctx.sequence.slices import Mask, Slice
 
 SPAN = 2048
-"""Most rows that the blocks of one part stretch over: more of them would fall out of the caches between two passes."""
+"""Most rows that the blocks of one cut stretch over: more of them would fall out of the caches between two passes."""
 
 
-class Part(NamedTuple):
+class Cut(NamedTuple):
     """``number`` blocks: block i has query rows from ``q + i * stride`` on and keys from ``k + i * stride`` on.
 
     A causal block has at least as many keys as rows, and its last row sees all of them; an anticausal one is a causal
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     stride: int = 0
 
 
-def parts(s: Slice, strip: tuple[int, int] | None, tile: tuple[int, int] | None) -> Iterator[Part]:
+def cuts(s: Slice, strip: tuple[int, int] | None, tile: tuple[int, int] | None) -> Iterator[Cut]:
     """The work of a slice, each query-key pair once.
 
     Args:
@@ -40,58 +40,58 @@ def parts(s: Slice, strip: tuple[int, int] | None, tile: tuple[int, int] | None)
     """
     rows, columns = s.q_end - s.q_start, s.k_end - s.k_start
     if s.mask == "full" or strip is None:
-        found = [Part(0, 0, rows, columns, s.mask)]
+        found = [Cut(0, 0, rows, columns, s.mask)]
     else:
-        found = [piece for part in _strips(rows, *strip) for piece in _within_span(part)]
+        found = [piece for cut in _strips(rows, *strip) for piece in _within_span(cut)]
         if s.mask == "anticausal":
-            found = [_mirrored(part, rows) for part in found]
-    for part in found:
-        for piece in _tiles(part, tile):
+            found = [_mirrored(cut, rows) for cut in found]
+    for cut in found:
+        for piece in _tiles(cut, tile):
             yield piece._replace(q=piece.q + s.q_start, k=piece.k + s.k_start)
 
 
-def _strips(rows: int, strip: int, block: int) -> Iterator[Part]:
+def _strips(rows: int, strip: int, block: int) -> Iterator[Cut]:
     """A causal triangle of ``rows`` rows; of the strips the longest first, so that each key is met early."""
     rest = rows % strip
     if rest:
         start = (rows - 1) // block * block
-        yield Part(rows - rest, start, rest, rows - start, "causal")
+        yield Cut(rows - rest, start, rest, rows - start, "causal")
     for stop in range(min(block, rows - rest), 0, -strip):
-        yield Part(stop - strip, 0, strip, stop, "causal", 1 + (rows - stop) // block, block)
+        yield Cut(stop - strip, 0, strip, stop, "causal", 1 + (rows - stop) // block, block)
     size = block
     while size < rows:
         whole, left = divmod(rows, 2 * size)
         if whole:
-            yield Part(size, 0, size, size, "full", whole, 2 * size)
+            yield Cut(size, 0, size, size, "full", whole, 2 * size)
         if left > size:
-            yield Part(rows - left + size, rows - left, left - size, size, "full")
+            yield Cut(rows - left + size, rows - left, left - size, size, "full")
         size *= 2
 
 
-def _within_span(part: Part) -> Iterator[Part]:
+def _within_span(cut: Cut) -> Iterator[Cut]:
     """The same blocks in parts that stretch over no more than :data:`SPAN` rows."""
-    most = max(1, SPAN // part.stride) if part.number > 1 else 1
-    for first in range(0, part.number, most):
-        ahead = first * part.stride
-        yield part._replace(q=part.q + ahead, k=part.k + ahead, number=min(most, part.number - first))
+    most = max(1, SPAN // cut.stride) if cut.number > 1 else 1
+    for first in range(0, cut.number, most):
+        ahead = first * cut.stride
+        yield cut._replace(q=cut.q + ahead, k=cut.k + ahead, number=min(most, cut.number - first))
 
 
-def _mirrored(part: Part, size: int) -> Part:
-    """The part of a causal triangle as one of an anticausal triangle: both axes read from their ends."""
-    last = (part.number - 1) * part.stride
-    q, k = size - part.q - part.rows - last, size - part.k - part.columns - last
-    return part._replace(q=q, k=k, mask="anticausal" if part.mask == "causal" else "full")
+def _mirrored(cut: Cut, size: int) -> Cut:
+    """The cut of a causal triangle as one of an anticausal triangle: both axes read from their ends."""
+    last = (cut.number - 1) * cut.stride
+    q, k = size - cut.q - cut.rows - last, size - cut.k - cut.columns - last
+    return cut._replace(q=q, k=k, mask="anticausal" if cut.mask == "causal" else "full")
 
 
-def _tiles(part: Part, tile: tuple[int, int] | None) -> Iterator[Part]:
-    if tile is None or (part.rows <= tile[0] and part.columns <= tile[1]):
-        yield part
+def _tiles(cut: Cut, tile: tuple[int, int] | None) -> Iterator[Cut]:
+    if tile is None or (cut.rows <= tile[0] and cut.columns <= tile[1]):
+        yield cut
         return
-    height, width = (tile[0], _even(part.columns, tile[1])) if part.mask == "full" else (min(tile), min(tile))
-    for piece in tiles(Slice(0, part.rows, 0, part.columns, part.mask), height, width):
+    height, width = (tile[0], _even(cut.columns, tile[1])) if cut.mask == "full" else (min(tile), min(tile))
+    for piece in tiles(Slice(0, cut.rows, 0, cut.columns, cut.mask), height, width):
         rows, columns = piece.q_end - piece.q_start, piece.k_end - piece.k_start
-        yield part._replace(
-            q=part.q + piece.q_start, k=part.k + piece.k_start, rows=rows, columns=columns, mask=piece.mask
+        yield cut._replace(
+            q=cut.q + piece.q_start, k=cut.k + piece.k_start, rows=rows, columns=columns, mask=piece.mask
         )
 
 

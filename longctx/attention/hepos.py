@@ -182,8 +182,7 @@ def planned_hepos(target: SequenceContext, source: Layout, stride: int, call: Ca
         return []
     own = Call(call.heads // stride, call.kv_heads // stride, call.head_dim, call.dtype, causal=False)
     passes = [
-        planned_ring(plan, schedules_of(target, plan, None), target.group, own)
-        for plan in _plans(target, source, stride)
+        planned_ring(schedules_of(target, plan, None), target.group, own) for plan in _plans(target, source, stride)
     ]
     # The backward takes the lanes in the opposite order.
     return [t for there, _ in passes for t in there] + [t for _, back in reversed(passes) for t in back]

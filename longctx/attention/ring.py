@@ -2,15 +2,15 @@
 
 Ring Attention with Blockwise Transformers (arXiv 2310.01889), with the work cut into slices by an AttentionPlan and
 the backward of FlashAttention (global out and log-sum-exp in every block). In the backward either keys and values
-travel with their gradients, or queries with theirs (BurstAttention, arXiv 2403.09347), whichever is fewer bytes. With
-one rank nothing travels and this is memory-efficient attention in blocks (Rabe and Staats, arXiv 2112.05682).
+travel with their gradients, or queries with theirs (BurstAttention, arXiv 2403.09347), whichever is fewer bytes. Of a
+block only the rows that another rank needs travel. With one rank nothing travels and this is memory-efficient attention
+in blocks (Rabe and Staats, arXiv 2112.05682).
 
 Legend: N = B*T flattened query rows, M key rows, H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from longctx.attention.kernels import Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
 from longctx.attention.sums import Sums
-from longctx.attention.travel import QueryBlock, pack_queries, unpack_queries
+from longctx.attention.travel import QueryBlock, add_part_, pack_keys, pack_queries, unpack_queries
+from longctx.attention.travel import Schedules as Schedules
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
 from longctx.sequence.collectives.ring import Homeward, circulate
-from longctx.sequence.collectives.schedule import Schedule, ring_schedule
-from longctx.sequence.plan import AttentionPlan
+from longctx.sequence.collectives.schedule import Schedule
+from longctx.sequence.parts import Part
+from longctx.sequence.plan import AttentionPlan, Side
+from longctx.sequence.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -44,31 +47,22 @@ class RingCall:
     kernel: Kernel
     scoring: Scoring
 
-    @property
-    def query_sizes(self) -> list[int]:
-        """Flattened query rows of every rank."""
-        return [len(self.plan.documents) * size for size in self.plan.queries.sizes]
+    def part(self, side: Side) -> Part:
+        """Which of this rank's flattened rows travel."""
+        return self._parts(side)[self.group.rank]
 
-    @property
-    def key_sizes(self) -> list[int]:
-        """Flattened key rows of every rank."""
-        return [len(self.plan.documents) * size for size in self.plan.keys.sizes]
+    def sizes(self, side: Side) -> list[int]:
+        """Flattened rows of every rank that travel."""
+        return [part.size for part in self._parts(side)]
 
+    def slices(self, step: int, source: int, side: Side) -> Slices:
+        """Work at a step on this rank's rows and those of ``source``, which on ``side`` travelled if not its own."""
+        rank = self.group.rank
+        pair = (rank, source) if side == "keys" else (source, rank)
+        return self.plan.visiting(*pair, side) if step else self.plan.slices(*pair)
 
-@dataclass(frozen=True)
-class Schedules:
-    """How keys travel to queries, and queries to keys, under one plan; found once and shared by all layers."""
-
-    plan: AttentionPlan
-    width: int | None = None
-
-    @cached_property
-    def there(self) -> Schedule:
-        return ring_schedule(self.plan.needed_pairs, self.width)
-
-    @cached_property
-    def back(self) -> Schedule:
-        return ring_schedule(self.plan.needed_pairs.T, self.width)
+    def _parts(self, side: Side) -> tuple[Part, ...]:
+        return self.plan.key_parts if side == "keys" else self.plan.query_parts
 
 
 class RingAttention(torch.autograd.Function):
@@ -80,10 +74,10 @@ class RingAttention(torch.autograd.Function):
         bias_2HE: torch.Tensor | None, call: RingCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         partial = Partial.empty(q_NHE)
-        for _, source, kv in _blocks(k_MKE, v_MKE, call):
+        for step, source, kv in _blocks(k_MKE, v_MKE, call):
             if kv is None:
                 continue
-            partial.attend(q_NHE, *kv, call.plan.slices(call.group.rank, source), call.kernel, call.scoring)
+            partial.attend(q_NHE, *kv, call.slices(step, source, "keys"), call.kernel, call.scoring)
         partial.add_bias(q_NHE, bias_2HE, call.scoring)
         out_NHE, lse_NH = partial.finished(sink_H, q_NHE.dtype)
         ctx.save_for_backward(q_NHE, k_MKE, v_MKE, sink_H, bias_2HE, out_NHE, lse_NH)
@@ -112,19 +106,18 @@ def _keys_travel(
     wide = queries.lse_NH.dtype
     dq_NHE = Sums.like(queries.q_NHE, wide)
     own = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
-    homeward = Homeward(own, call.key_sizes, call.there, call.group, call.ledger)
+    homeward = Homeward(own, call.sizes("keys"), call.there, call.group, call.ledger)
     for step, source, kv in _blocks(k_MKE, v_MKE, call):
         dkv_M2KE = None
         if kv is not None and (step == 0 or call.there.needed[step, call.group.rank]):
-            slices = call.plan.slices(call.group.rank, source)
+            slices = call.slices(step, source, "keys")
             dkv_M2KE = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE)
         if step == 0:
             assert dkv_M2KE is not None
             own = dkv_M2KE
         else:
             homeward.add(step, dkv_M2KE)
-    arrived = homeward.arrived()
-    return dq_NHE.finished(), own if arrived is None else own.add_(arrived)
+    return dq_NHE.finished(), add_part_(own, homeward.arrived(), call.part("keys"))
 
 
 def _queries_travel(
@@ -132,14 +125,14 @@ def _queries_travel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, with this rank's keys and values in place and every query block visiting them."""
     assert call.back is not None
-    wide, rank = queries.lse_NH.dtype, call.group.rank
+    wide, sizes = queries.lse_NH.dtype, call.sizes("queries")
     own = Sums.like(queries.q_NHE, wide)
     dkv_M2KE = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
     like = queries.lse_NH.new_empty((0, *queries.q_NHE.shape[1:]))
-    homeward = Homeward(like, call.query_sizes, call.back, call.group, call.ledger)
-    packed = pack_queries(queries) if len(call.back.steps) > 1 else queries.q_NHE
-    for step, source, block in circulate(packed, call.query_sizes, call.back, call.group, call.ledger):
-        slices = call.plan.slices(source, rank)
+    homeward = Homeward(like, sizes, call.back, call.group, call.ledger)
+    packed = pack_queries(queries, call.part("queries")) if len(call.back.steps) > 1 else queries.q_NHE
+    for step, source, block in circulate(packed, sizes, call.back, call.group, call.ledger):
+        slices = call.slices(step, source, "queries")
         dq_NHE = None
         if step == 0:
             dkv_M2KE = gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
@@ -150,17 +143,18 @@ def _queries_travel(
             dkv_M2KE += gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq)
             dq_NHE = dq.finished()
         homeward.add(step, dq_NHE)
-    arrived = homeward.arrived()
-    dq_NHE = own.finished()
-    return dq_NHE if arrived is None else dq_NHE.add_(arrived), dkv_M2KE
+    return add_part_(own.finished(), homeward.arrived(), call.part("queries")), dkv_M2KE
 
 
 def _blocks(
     k_MKE: torch.Tensor, v_MKE: torch.Tensor, call: RingCall
 ) -> Iterator[tuple[int, int, tuple[torch.Tensor, torch.Tensor] | None]]:
-    """Step, source and that source's keys and values, as they come; the rank's own are copied only to be sent."""
-    own = torch.stack((k_MKE, v_MKE), dim=1) if len(call.there.steps) > 1 else k_MKE
-    for step, source, block in circulate(own, call.key_sizes, call.there, call.group, call.ledger):
+    """Step, source and that source's keys and values, as they come: its own all, of others those that travel.
+
+    The rank's own are copied only to be sent.
+    """
+    own = pack_keys(k_MKE, v_MKE, call.part("keys")) if len(call.there.steps) > 1 else k_MKE
+    for step, source, block in circulate(own, call.sizes("keys"), call.there, call.group, call.ledger):
         if step == 0:
             yield step, source, (k_MKE, v_MKE)
         else:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longctx.attention.gathered import GatheredAttention, GatheredCall
 from longctx.attention.kernels import Kernel, Scoring
-from longctx.attention.ring import RingAttention, RingCall, Schedules
-from longctx.attention.travel import queries_travel
+from longctx.attention.ring import RingAttention, RingCall
+from longctx.attention.travel import Schedules, queries_travel
 from longctx.attention.ulysses import HeadShare, Operands, exchanged
 from longctx.errors import UnsupportedError
 from longctx.runtime.mesh import Group
@@ -156,7 +156,8 @@ def ring_over(
     q_BTHE, k_BTKE = operands[:2]
     context = request.context
     schedules = schedules_of(context, plan, width)
-    queries = group.size > 1 and queries_travel(plan, q_BTHE.shape[2], k_BTKE.shape[2], q_BTHE.shape[3], q_BTHE.dtype)
+    heads, kv_heads, head_dim = q_BTHE.shape[2], k_BTKE.shape[2], k_BTKE.shape[3]
+    queries = group.size > 1 and queries_travel(schedules, heads, kv_heads, head_dim, q_BTHE.dtype)
     call = RingCall(
         plan, group, schedules.there, schedules.back if queries else None, context.ledger, request.kernel,
         request.scoring,

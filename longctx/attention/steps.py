@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longctx.attention.cutting import parts
+from longctx.attention.cutting import cuts
 from longctx.attention.kernels import Kernel, Segments
 from longctx.sequence.slices import Mask, Slice, Slices
 
@@ -140,9 +140,9 @@ def _steps(slices: Sequence[Slice], kernel: Kernel, tile: tuple[int, int] | None
         yield from map(_grouped, groups(slices))
         return
     for s in slices:
-        for part in parts(s, kernel.strip, tile):
-            rows = Blocks(part.q, part.rows, part.number, part.stride)
-            yield Step(rows, Blocks(part.k, part.columns, part.number, part.stride), part.mask)
+        for cut in cuts(s, kernel.strip, tile):
+            rows = Blocks(cut.q, cut.rows, cut.number, cut.stride)
+            yield Step(rows, Blocks(cut.k, cut.columns, cut.number, cut.stride), cut.mask)
 
 
 def groups(slices: Sequence[Slice]) -> list[list[Slice]]:

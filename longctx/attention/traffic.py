@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.ring import Schedules
 from longctx.attention.schemes import gathered_rows, inner_and_outer, joined_plan, schedules_of, transposition
-from longctx.attention.travel import queries_travel, query_bytes
+from longctx.attention.travel import Schedules, queries_travel, query_bytes
 from longctx.attention.ulysses import HeadShare
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Transfer
 from longctx.sequence.collectives.schedule import planned_transfers
 from longctx.sequence.collectives.transpose import planned_exchange
 from longctx.sequence.context import SequenceContext
-from longctx.sequence.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def planned_passes(context: SequenceContext, call: Call) -> tuple[list[Transfer]
         return _exchanged(context, call)
     width = inner_and_outer(context)[0].size if context.scheme == "double_ring" else None
     plan = context.plan(call.causal, call.window)
-    return planned_ring(plan, schedules_of(context, plan, width), context.group, call)
+    return planned_ring(schedules_of(context, plan, width), context.group, call)
 
 
 def _exchanged(context: SequenceContext, call: Call) -> tuple[list[Transfer], list[Transfer]]:
@@ -82,20 +80,20 @@ def _exchanged(context: SequenceContext, call: Call) -> tuple[list[Transfer], li
     if first < last:
         plan = joined_plan(context, inner.size, call.causal, call.window)[1]
         own = Call(last - first, len(share.index[inner.rank]), call.head_dim, call.dtype, call.causal, call.window)
-        ring = planned_ring(plan, schedules_of(context, plan, None), outer, own)
+        ring = planned_ring(schedules_of(context, plan, None), outer, own)
     return (
         moved(everything, True) + ring[0] + moved(output, False),
         moved(output, True) + ring[1] + moved(everything, False),
     )
 
 
-def planned_ring(
-    plan: AttentionPlan, schedules: Schedules, group: Group, call: Call
-) -> tuple[list[Transfer], list[Transfer]]:
+def planned_ring(schedules: Schedules, group: Group, call: Call) -> tuple[list[Transfer], list[Transfer]]:
     """The transfers of a ring's forward, and of its backward."""
-    key_rows, query_rows = ([len(plan.documents) * n for n in side.sizes] for side in (plan.keys, plan.queries))
+    plan = schedules.plan
+    key_rows = [part.size for part in plan.key_parts]
     there = list(planned_transfers(group, schedules.there, key_rows, call.kv_bytes))
-    if queries_travel(plan, call.heads, call.kv_heads, call.head_dim, call.dtype):
+    if queries_travel(schedules, call.heads, call.kv_heads, call.head_dim, call.dtype):
         row, home = query_bytes(call.heads, call.head_dim, call.dtype), call.heads * call.head_dim * call.wide
+        query_rows = [part.size for part in plan.query_parts]
         return there, planned_transfers(group, schedules.back, query_rows, row, home)
     return there, planned_transfers(group, schedules.there, key_rows, call.kv_bytes, call.kv_gradient_bytes)

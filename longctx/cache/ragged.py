@@ -120,7 +120,7 @@ class RaggedKV:
             raise UnsupportedError("a cache in blocks takes no gradients; decode under torch.no_grad()")
         if self.options.search is not None:
             k_BTKE = self.options.search.keys(k_BTKE)
-        batch, tokens, heads, size = k_BTKE.shape
+        _, tokens, heads, size = k_BTKE.shape
         if tokens > 1:
             k_BTKE, v_BTKE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         k_mE, v_mE = k_BTKE.reshape(-1, size), v_BTKE.reshape(-1, size)

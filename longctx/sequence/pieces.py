@@ -27,6 +27,11 @@ class Sight(NamedTuple):
             return Sight(0 if causal else None, None)
         return Sight(0 if causal else 1 - window, window - 1)
 
+    @property
+    def reversed(self) -> "Sight":
+        """The same seen from the key: the bounds of ``k - q``."""
+        return Sight(None if self.hi is None else -self.hi, None if self.lo is None else -self.lo)
+
 
 class Piece(NamedTuple):
     """Global tokens ``start, start + step, ...``, ``size`` of them, and the flat local index of the first."""

@@ -9,12 +9,14 @@ Every rank plans for all ranks, so senders and receivers agree without a message
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from longctx.sequence.layout import Documents as Documents
 from longctx.sequence.layout import Layout
+from longctx.sequence.parts import Part, parts_for_others
 from longctx.sequence.pieces import (
     DocumentKey,
     Pieces,
@@ -27,6 +29,8 @@ from longctx.sequence.pieces import (
 from longctx.sequence.slices import Mask as Mask
 from longctx.sequence.slices import Slice as Slice
 from longctx.sequence.slices import Slices, coalesced
+
+Side = Literal["keys", "queries"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class AttentionPlan:
     documents: Documents
     causal: bool = True
     window: int | None = None
-    _found: dict[tuple[int, int], Slices] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _found: dict[tuple[int, int, Side | None], Slices] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def degree(self) -> int:
@@ -49,9 +55,34 @@ class AttentionPlan:
 
     def slices(self, rank: int, source: int) -> Slices:
         """Work of query rank ``rank`` on the keys of rank ``source``; found once, then shared by all layers."""
-        if (rank, source) not in self._found:
-            self._found[rank, source] = Slices(coalesced(list(self._uncoalesced(rank, source))))
-        return self._found[rank, source]
+        if (rank, source, None) not in self._found:
+            self._found[rank, source, None] = Slices(coalesced(list(self._uncoalesced(rank, source))))
+        return self._found[rank, source, None]
+
+    def visiting(self, rank: int, source: int, side: Side) -> Slices:
+        """The same work of two different ranks where the rows of ``side`` are those that travel (its part) alone."""
+        part = self.key_parts[source] if side == "keys" else self.query_parts[rank]
+        if part.whole:
+            return self.slices(rank, source)
+        if (rank, source, side) not in self._found:
+            moved = [_moved(s, part, side) for s in self._uncoalesced(rank, source)]
+            self._found[rank, source, side] = Slices(coalesced(moved))
+        return self._found[rank, source, side]
+
+    @cached_property
+    def key_parts(self) -> tuple[Part, ...]:
+        """Of every key rank the flattened rows that queries of any other rank see.
+
+        Found without any slice. A few more where queries lie in steps longer than a window.
+        """
+        totals = [len(self.documents) * size for size in self.keys.sizes]
+        return parts_for_others(self._key_pieces, self._query_pieces, self._sight.reversed, totals)
+
+    @cached_property
+    def query_parts(self) -> tuple[Part, ...]:
+        """Of every query rank the flattened rows that see keys of any other rank; a few more as above."""
+        totals = [len(self.documents) * size for size in self.queries.sizes]
+        return parts_for_others(self._query_pieces, self._key_pieces, self._sight, totals)
 
     @cached_property
     def needed_pairs(self) -> npt.NDArray[np.bool_]:
@@ -103,3 +134,12 @@ class AttentionPlan:
         if self.keys is self.queries:
             return self._query_pieces
         return [cut_at_documents(self.keys, rank, self.documents) for rank in range(self.keys.degree)]
+
+
+def _moved(s: Slice, part: Part, side: Side) -> Slice:
+    """A slice all of whose rows on one side are in ``part``, with these counted among the rows of the part."""
+    if side == "keys":
+        start = part.place(s.k_start)
+        return s._replace(k_start=start, k_end=start + s.k_end - s.k_start)
+    start = part.place(s.q_start)
+    return s._replace(q_start=start, q_end=start + s.q_end - s.q_start)

@@ -13,7 +13,7 @@ from torch import Tensor
 from varlen_cases import FLASH_VARLEN, NAIVE_VARLEN
 
 from longctx.attention import attention, cutting
-from longctx.attention.cutting import Part, parts
+from longctx.attention.cutting import Cut, cuts
 from longctx.attention.kernels import CPU_FLASH, NAIVE, Kernel, Scoring
 from longctx.attention.local import Partial, gradients
 from longctx.attention.steps import Blocks, Rows, Step, groups, steps_of
@@ -46,10 +46,10 @@ def random_slice(rng: random.Random, longest: int) -> Slice:
 
 def visible(s: Slice) -> np.ndarray:
     """How often each query-key pair is in the slice, [rows, keys]."""
-    return computed([Part(s.q_start, s.k_start, s.q_end - s.q_start, s.k_end - s.k_start, s.mask)])
+    return computed([Cut(s.q_start, s.k_start, s.q_end - s.q_start, s.k_end - s.k_start, s.mask)])
 
 
-def computed(found: Sequence[Part]) -> np.ndarray:
+def computed(found: Sequence[Cut]) -> np.ndarray:
     """How often each pair is computed and seen; a causal block's last row sees all its keys."""
     counts = np.zeros((64, 64), dtype=int)
     for p in found:
@@ -72,7 +72,7 @@ def test_cutting_computes_the_same_pairs_once(seed: int, monkeypatch: pytest.Mon
     for _ in range(500):
         monkeypatch.setattr(cutting, "SPAN", rng.choice([1, 7, 12, 2048]))
         s, strip, most = random_slice(rng, 56), rng.choice(STRIPS), rng.choice([None, 1, 5, 17])
-        found = list(parts(s, strip, None if strip and most and most < strip[1] else most and (most, most)))
+        found = list(cuts(s, strip, None if strip and most and most < strip[1] else most and (most, most)))
         assert np.array_equal(computed(found), visible(s)), (s, strip)
         if strip is None:
             assert most is None or all(max(p.rows, p.columns) <= most for p in found)
@@ -87,7 +87,7 @@ def test_keys_are_cut_within_the_tile_of_a_backward(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(50):
         s = Slice(0, rng.randrange(1, 3000), 5, 5 + rng.randrange(1, 3000), "full")
-        found = list(parts(s, (32, 224), (2048, 448)))
+        found = list(cuts(s, (32, 224), (2048, 448)))
         assert sum(p.rows * p.columns for p in found) == s.area
         assert {(p.q, p.k) for p in found} == {(q, k) for q in {p.q for p in found} for k in {p.k for p in found}}
         assert all(p.rows <= 2048 and p.columns <= 448 for p in found)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import Problem, context_of, random_problem, run_here, solve
+from attention_cases import Problem, context_of, layout_of, random_problem, run_here, solve, visible
 from law_models import Decoder, random_tokens, sequence_group
 from pool import Pool
 
@@ -60,18 +61,86 @@ def test_every_rank_sends_exactly_what_was_planned(pool: Pool, seed: int) -> Non
             assert_sends_are_received(answer.transfers)
 
 
+def rows_that_travel(problem: Problem, world: int, side: str) -> tuple[list[int], np.ndarray]:
+    """From a mask of all pairs: rows of each rank that any other needs, and bool [ranks, sources] who needs whose."""
+    layout = layout_of(problem, world)
+    rows, needs = [0] * world, np.zeros((world, world), dtype=bool)
+    for starts in problem.documents:
+        seen = visible(starts, problem.length, problem.causal, problem.window)
+        seen = seen if side == "keys" else seen.T
+        for source in range(world):
+            found = np.zeros(layout.sizes[source], dtype=bool)
+            for rank in set(range(world)) - {source}:
+                mask = seen[np.ix_(layout.indices(rank), layout.indices(source))]
+                found |= mask.any(0)
+                needs[rank, source] |= mask.any()
+            rows[source] += int(found.sum())
+    return rows, needs
+
+
+def hops(needs: np.ndarray) -> tuple[list[int], list[int]]:
+    """How often each block of a plain ring is sent, and the sum of its gradients: past steps without any work."""
+    world = len(needs)
+    steps = [t for t in range(1, world) if any(needs[r, r - t] for r in range(world))]
+    there, home = [], []
+    for source in range(world):
+        worked = [i for i, t in enumerate(steps) if needs[(source + t) % world, source]]
+        there.append(worked[-1] + 1 if worked else 0)
+        home.append(worked[-1] - worked[0] + 1 if worked else 0)
+    return there, home
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_causal_zigzag_costs_the_formula(pool: Pool, dtype: torch.dtype) -> None:
     batch, kv_heads, head_dim = 2, 3, 8
     for world in (2, 3, 4):
         problem = Problem(2 * world * 3, ((0,),) * batch, 6, kv_heads, head_dim, dtype=dtype)
-        tokens = batch * problem.length // world
-        block = tokens * 2 * kv_heads * head_dim
-        # Forward: every block passes on P - 1 times. Backward: again, and its gradient, in at least fp32, P - 1 times.
-        forward = (world - 1) * block * dtype.itemsize
-        gradients = (world - 1) * block * max(dtype.itemsize, 4)
+        rows, _ = rows_that_travel(problem, world, "keys")
+        # The chunk that ends the sequence stays where it is: half of the first rank's keys.
+        assert rows == [batch * 3, *[batch * 6] * (world - 1)]
+        row = 2 * kv_heads * head_dim
         (answer,) = solve(pool, world, [problem])
-        assert [sent(transfers) for transfers in answer.transfers] == [2 * forward + gradients] * world
+        for rank, transfers in enumerate(answer.transfers):
+            # Forward: a rank passes on every block but that of its next rank, which comes last. Backward: again, and
+            # the gradient, in at least fp32, of every block but its own.
+            forward = (sum(rows) - rows[(rank + 1) % world]) * row * dtype.itemsize
+            gradients = (sum(rows) - rows[rank]) * row * max(dtype.itemsize, 4)
+            assert sent(transfers) == 2 * forward + gradients
+
+
+def test_packed_documents_cost_the_rows_that_others_need(pool: Pool, seed: int) -> None:
+    rng = random.Random(seed)
+    for world in (2, 3, 4):
+        problems = []
+        for layout in sorted(LAYOUTS):
+            documents = tuple(tuple(sorted({0, *rng.sample(range(1, 60), 7)})) for _ in range(2))
+            causal, window = rng.choice([(True, None), (False, None), (True, 2 * world)])
+            problems.append(Problem(60, documents, 6, 2, 8, layout, causal, window, dtype=torch.float32))
+        for problem, answer in zip(problems, solve(pool, world, problems), strict=True):
+            rows, needs = rows_that_travel(problem, world, "keys")
+            there, home = hops(needs)
+            messages = np.dot(rows, [2 * t + h for t, h in zip(there, home, strict=True)])
+            assert sum(map(sent, answer.transfers)) == messages * 2 * 2 * 8 * 4, problem
+
+
+@pytest.mark.parametrize("end, travellers", [(17, "keys"), (15, "queries")])
+def test_a_document_across_two_ranks_sends_its_own_rows_alone(pool: Pool, end: int, travellers: str) -> None:
+    """Tokens [9, end) of 24 on two ranks, all others with their documents: five or three queries need three keys."""
+    heads, head_dim = 2, 4
+    problem = Problem(
+        24, ((0, 4, 9, end), (0, 12)), heads, heads, head_dim, "contiguous", dtype=torch.bfloat16
+    )  # fmt: skip
+    # Of one row: k and v and their fp32 gradients; q and dout with two fp32 numbers a head, and the gradient.
+    keys, key_gradients = 2 * heads * head_dim * 2, 2 * heads * head_dim * 4
+    queries, query_gradients = heads * (2 * head_dim * 2 + 2 * 4), heads * head_dim * 4
+    wanted = {
+        "keys": [3 * keys + 3 * keys, 3 * key_gradients],
+        "queries": [3 * keys + 3 * query_gradients, 3 * queries],
+    }
+    (answer,) = solve(pool, 2, [problem])
+    assert [sent(transfers) for transfers in answer.transfers] == wanted[travellers]
+    # The fewer bytes of the two, of which five queries are more.
+    assert 3 * (queries + query_gradients) < 3 * (keys + key_gradients) < 5 * (queries + query_gradients)
 
 
 def test_a_window_costs_its_neighbours_only(pool: Pool) -> None:

@@ -136,8 +136,9 @@ def test_gathered_keys_cost_the_memory_that_is_stated(pool: Pool, seed: int) -> 
     assert 0.8 * (more - stated) < many - few <= more - stated
     # Keys, their gradients, a reader's, a kernel's: 2 x 3 heads of 4 numbers each.
     assert more == 4 * 256 * 2 * 3 * 4 * 8
-    ring = [max(pool.run(peak, world, seed, "ring", 64)) for world in (2, 4)]
-    assert ring[1][0] < 1.15 * ring[0][0] and ring[1][1] == 0
+    # From three ranks on a ring holds all that it ever holds: its own block, one in work and one arriving.
+    ring = [max(pool.run(peak, world, seed, "ring", 64)) for world in (3, 4)]
+    assert ring[1][0] < 1.05 * ring[0][0] and ring[1][1] == 0
 
 
 def prefilled(seed: int, kv: str) -> list[Tensor]:

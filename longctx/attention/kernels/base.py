@@ -135,9 +135,9 @@ class Kernel:
     ``tile``: most rows and most keys of a block: what a call holds beside its operands grows with them.
     ``backward_tile``: the same of a backward; that of the forward unless given.
     ``softcaps``: whether it honours :attr:`Scoring.softcap`.
-    ``strip``: for a kernel that computes much of what a triangle hides: rows of a strip and of a block of strips
-    (:mod:`longctx.attention.cutting`). Such a kernel takes causal blocks of more keys than rows, whose last row sees all
-    keys, and equal blocks with a batch dimension before all others. None: the kernel skips what is hidden.
+    ``strip``: for a kernel that computes much of what a triangle hides: rows of a strip and of a block of strips (see
+    :mod:`longctx.attention.cutting`). Such a kernel takes causal blocks of more keys than rows, whose last row sees
+    all keys, and equal blocks with a batch dimension before all others. None: the kernel skips what is hidden.
     ``varlen``: the functions for many blocks in one call, where it has them.
     ``found``: whether it can run on a device of this process.
     """
@@ -154,6 +154,14 @@ class Kernel:
     strip: tuple[int, int] | None = None
     varlen: Varlen | None = None
     found: Callable[[torch.device], bool] = always
+
+    def __post_init__(self) -> None:
+        """A strip is not cut again."""
+        tiles = [side for tile in (self.tile, self.backward_tile) if tile is not None for side in tile]
+        if self.strip is not None and (
+            self.strip[1] % self.strip[0] or self.strip[1] > min(tiles, default=self.strip[1])
+        ):
+            raise ValueError(f"strips {self.strip} of the {self.name} kernel: no multiple, or beyond its tiles")
 
     def check(self, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> None:
         """Refuse what this kernel does not take.

@@ -87,6 +87,13 @@ class Schedule:
         first, last = self._bounds[self.source(rank, step)]
         return bool(first <= step <= last)
 
+    def rows_sent(self, sizes: Sequence[int]) -> tuple[int, int]:
+        """Rows of blocks of ``sizes`` that all ranks send together, and rows of their gradients, as they come home."""
+        ranks, rows = np.arange(self.size), np.array(sizes, dtype=np.int64)
+        sent = sum(int(rows[self._sources(t, ranks)[self.held[t]]].sum()) for t in range(1, len(self.steps)))
+        first, last = self._bounds.T
+        return sent, int((rows * (last + 1 - first)).sum())
+
     @cached_property
     def _bounds(self) -> Ints:
         """[ranks, 2]: first and last step after the own one at which each source's block is needed; (1, 0): never."""
