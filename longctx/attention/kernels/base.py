@@ -157,10 +157,10 @@ class Kernel:
 
     def __post_init__(self) -> None:
         """A strip is not cut again."""
-        tiles = [side for tile in (self.tile, self.backward_tile) if tile is not None for side in tile]
-        if self.strip is not None and (
-            self.strip[1] % self.strip[0] or self.strip[1] > min(tiles, default=self.strip[1])
-        ):
+        if self.strip is None:
+            return
+        least = min((side for tile in (self.tile, self.backward_tile) if tile for side in tile), default=self.strip[1])
+        if self.strip[1] % self.strip[0] or self.strip[1] > least:
             raise ValueError(f"strips {self.strip} of the {self.name} kernel: no multiple, or beyond its tiles")
 
     def check(self, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> None:
