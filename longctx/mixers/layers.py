@@ -11,9 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from longctx.mixers.ops.few_rows import linear
+
 
 class Linear(nn.Linear):
     """``nn.Linear`` that leaves its memory uninitialised: the model draws all weights itself, by name and seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Do nothing."""
