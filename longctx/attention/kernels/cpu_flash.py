@@ -41,7 +41,7 @@ def _mask(qkv: Operands, causal: bool) -> torch.Tensor | None:
     return _trapezoid(rows, columns, qkv[0].dtype) if causal and rows != columns else None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _trapezoid(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((rows, columns), float("-inf"), dtype=dtype).triu(columns - rows + 1)
 
