@@ -12,6 +12,7 @@ from test_cached_decoding import LENGTH, MODELS, SIZES, VOCAB
 from longctx.cache.compress import Compression, Policy, kept_tokens
 from longctx.cache.expected import ExpectedAttention
 from longctx.cache.options import CacheOptions
+from longctx.cache.pool import Pool as BlockPool
 from longctx.cache.ragged import RaggedKV
 from longctx.cache.ranks import Ranks
 from longctx.cache.representation import RepresentationShift
@@ -61,6 +62,31 @@ def test_a_budget_of_everything_changes_no_bit(name: str, model: str, seed: int)
         found = decoded(CacheOptions(block=4, compression=Compression(SCORERS[name], policy)), seed, model)
         assert torch.equal(found[0], plain[0])
         assert positions_of(found[1]) == positions_of(plain[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_prompt_in_chunks_never_fills_the_cache(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is: at its fullest a cache has room for the budget, a chunk, and what blocks round up to."""
+    room: list[int] = []
+    resize = BlockPool.resize
+    monkeypatch.setattr(BlockPool, "resize", lambda pool, slots: (room.append(slots), resize(pool, slots))[1])
+    model = build_native(Model.model_validate({**SIZES, "max_position_embeddings": 512}), seed=seed).double()
+    chunk, budget, block, fullest = 12, 20, 4, {}
+    for length in (10 * chunk, 30 * chunk):
+        policy = Policy(tokens=budget, sinks=2, recent=8, every=1)
+        cache = CacheOptions(block=block, compression=Compression(SCORERS[name], policy))
+        tokens = torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
+        context, state = SequenceContext.single(2, 0), model.empty_state(2, cache)
+        room.clear()
+        for part in tokens.split(chunk, dim=1):
+            context = context.extend(chunk)
+            state = model(part, context, state=state).state
+            assert all(int(layer.lengths_R.max()) == min(budget, context.length) for layer in state)
+        fullest[length] = max(room)
+    lanes = 2 * SIZES["num_kv_heads"]
+    wanted = lanes * -(-(budget + chunk) // block)
+    assert set(fullest.values()) == {fullest[10 * chunk]} and wanted <= fullest[10 * chunk] <= wanted * 9 // 8
 
 
 @pytest.mark.parametrize("name", SCORERS)
