@@ -100,7 +100,7 @@ class Blocks:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.count == 1:
-            return tensor[self.start : self.start + self.rows]
+            return tensor.narrow(0, self.start, self.rows)
         row = tensor.stride(0)
         return tensor.as_strided(
             (self.count, self.rows, *tensor.shape[1:]), (self.stride * row, *tensor.stride()),
