@@ -160,9 +160,9 @@ def whole(ranks: list[Continued]) -> list[list[tuple[list[int], Tensor]]]:
     [
         (list(CASES), 2, [1]),
         (FEW, 1, [2]),
-        pytest.param(list(CASES), 1, [2, 4], marks=pytest.mark.tier2),
-        pytest.param(list(CASES), 4, [1, 2, 3], marks=pytest.mark.tier2),
-        pytest.param(list(CASES), 3, [2, 4], marks=pytest.mark.tier2),
+        pytest.param(list(CASES), 1, [4], marks=pytest.mark.tier2),
+        pytest.param(list(CASES), 4, [1, 2], marks=pytest.mark.tier2),
+        pytest.param(FEW, 3, [2, 4], marks=pytest.mark.tier2),
     ],
 )
 def test_a_state_goes_on_on_any_number_of_ranks(
