@@ -118,6 +118,12 @@ class BlockLayout:
         ids: Tensor = self.of_blocks(("lane", lane), find)
         return ids
 
+    def first_places(self, counts_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks and offsets [m] of the first so many tokens of every lane, one lane after another."""
+        tokens = [torch.arange(count) for count in counts_R.tolist()]
+        blocks = [self.blocks_of(lane)[token_n // self.block] for lane, token_n in enumerate(tokens)]
+        return torch.cat(blocks), torch.cat(tokens) % self.block
+
     def append(self, taken_RT: Tensor) -> tuple["BlockLayout", Places]:
         """The layout with these of T tokens behind every lane, and where they go."""
         key = ("append", taken_RT.shape[1], taken_RT.numpy().tobytes())

@@ -8,7 +8,6 @@ Legend: B batch, K kv heads, R = B x K lanes, N blocks, C tokens per block, T ne
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -226,62 +225,6 @@ class RaggedKV:
             places[: len(mask)] = mask
             kept_NC[ids] = places.view(-1, self.layout.block)
         return self._with(*self.pool.compacted(self.layout, kept_NC))
-
-    def parts(self) -> tuple[Any, ...]:
-        """Numbers and tensors that :meth:`from_parts` makes the same cache of.
-
-        Raises:
-            UnsupportedError: rows differ in length.
-        """
-        self._check_even("written down")
-        layout, options = self.layout, self.options
-        pool = self.pool.plain(layout)
-        numbers = (options.block, options.bits, options.group, self.kv_heads, self.seen, self.window, self.settled)
-        places = (layout.lengths_R, layout.owner_N, layout.ordinal_N, layout.last_R)
-        moves = None if options.compression is None else options.moves
-        frequencies_F = None if self.rotation is None else self.rotation.frequencies_F
-        origin = None if self.origin is None else tuple(self.origin)
-        stored = (self.queries_BHWE, pool.k, pool.v, pool.position_NC, self.pool.none_E)
-        return *numbers, places, *stored, frequencies_F, moves, pool.worth_NC, origin, self.since
-
-    @classmethod
-    def from_parts(
-        cls, parts: tuple[Any, ...], options: CacheOptions, device: torch.device | None = None
-    ) -> "RaggedKV":
-        """Stored as those of :meth:`parts` were; compressed and offloaded from now on as ``options`` say.
-
-        Args:
-            device: of the model, if parts are elsewhere.
-
-        Raises:
-            UnsupportedError: they count positions otherwise than tokens were evicted by.
-        """
-        block, bits, group, kv_heads, seen, window, settled, places, queries_BHWE, *stored = parts
-        k, v, position_NC, none_E, frequencies_F, moves, worth_NC, origin, since = stored
-        rotation = None if frequencies_F is None else Rotation(frequencies_F.cpu())
-        options = replace(options, block=block, bits=bits, group=group).bound(rotation)
-        if since and None not in (moves, options.compression) and moves != options.moves:
-            counted = "cache" if moves else "text"
-            raise UnsupportedError(
-                f"this cache evicted tokens with positions {counted!r} of its policy; go on with these"
-            )
-        if origin is not None:
-            origin = Origin(origin[0], *(t.cpu() for t in origin[1:]))
-        device = device or none_E.device
-        plain = Pool(block, Codec(bits, group), none_E)
-        plain.k, plain.v, plain.position_NC = k, v, position_NC
-        if options.branch is not None:
-            plain.worth_NC = torch.full(position_NC.shape, torch.nan) if worth_NC is None else worth_NC
-            plain.worth_NC = plain.worth_NC.to(plain.device)
-        layout, pool = BlockLayout(block, *(t.cpu() for t in places)), plain
-        if options.offload is not None:
-            pool = empty_pool(options, plain.codec, none_E.to(device))
-            pool.reserve(layout)
-            pool.absorb(plain, (layout.held,), (layout.held,))
-        queries_BHWE = None if queries_BHWE is None else queries_BHWE.to(device)
-        return cls(
-            pool, options, kv_heads, layout, seen, window, settled, queries_BHWE, rotation, origin, since=since
-        )  # fmt: skip
 
     def lane(self, lane: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, E], values [n, E] and positions [n] of one lane, copied to ``device`` or that of the pool."""

@@ -107,6 +107,13 @@ class Origin(NamedTuple):
         row_m = torch.cat([by_lane[lane] for lane in lanes]) if lanes else self.by_m.new_empty(0)
         return Origin(tuple(t[row_m.to(t.device)] for t in self.k), self.by_m[row_m], self.counts_R[list(lanes)])
 
+    def kept(self, kept_R: Sequence[Tensor]) -> "Origin":
+        """That of the tokens that stay, as masks over those of every lane in order."""
+        masks = [mask_n[:count] for mask_n, count in zip(kept_R, self.counts_R.tolist(), strict=True)]
+        stays_m = torch.cat(masks)
+        counts_R = torch.stack([mask_n.sum() for mask_n in masks])
+        return Origin(tuple(t[stays_m.to(t.device)] for t in self.k), self.by_m[stays_m], counts_R)
+
 
 def close_gaps(
     pool: Pool, layout: BlockLayout, rotation: Rotation, by: Sequence[Tensor], kept: Sequence[Tensor],
@@ -126,7 +133,7 @@ def close_gaps(
     by_R = torch.stack([(by_n > 0).sum().cpu() for by_n in by])
     counts_R = torch.maximum(from_R, by_R)
     steps_m = torch.cat([by_n[:count].cpu() for by_n, count in zip(by, counts_R.tolist(), strict=True)])
-    at = _first_places(layout, counts_R)
+    at = layout.first_places(counts_R)
     k, by_m = tuple(t[at[0].to(pool.device), at[1].to(pool.device)] for t in pool.k), steps_m
     if origin is not None:
         old = [mask_n[:count] for mask_n, count in zip(kept, origin.counts_R.tolist(), strict=True)]
@@ -137,13 +144,6 @@ def close_gaps(
     for tensor, part in zip(pool.k, pool.codec.encode(k_mE), strict=True):
         tensor[to] = part
     return None if origin is None else Origin(k, by_m, counts_R)
-
-
-def _first_places(layout: BlockLayout, counts_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks and offsets of the first so many tokens of every lane."""
-    tokens = [torch.arange(count) for count in counts_R.tolist()]
-    blocks = [layout.blocks_of(lane)[token_n // layout.block] for lane, token_n in enumerate(tokens)]
-    return torch.cat(blocks), torch.cat(tokens) % layout.block
 
 
 def _onwards(

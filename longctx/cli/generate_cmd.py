@@ -14,6 +14,7 @@ from longctx.cli.search_options import add_search_arguments, search_of
 if typing.TYPE_CHECKING:
     from longctx.cache.options import CacheOptions
     from longctx.cache.search import Search
+    from longctx.generate.decode import Decoded
     from longctx.generate.parallel_context import ParallelContext
     from longctx.generate.speculate import Counted
     from longctx.runtime.mesh import Mesh
@@ -63,6 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculate", choices=("none", "heads", "lookup"), default="none",
         help="several tokens per step, of proposal heads or of what the text said before; greedy text stays the same",
     )  # fmt: skip
+    parser.add_argument(
+        "--save", metavar="STATE", type=Path,
+        help="where to write the state behind the prompt, for --load; a folder under a launcher",
+    )  # fmt: skip
+    parser.add_argument(
+        "--load",
+        metavar="STATE",
+        type=Path,
+        help="state that the prompt follows, of however many processes",
+    )
     _add_windows(parser)
     add_search_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -145,11 +156,39 @@ def _checked(args: argparse.Namespace, world: int) -> Texts:
         except ConfigError as error:
             raise ConfigError(f"--speculate {args.speculate}: {error}") from None
     _windowing(args)
-    for option, value in (("--speculate", args.speculate), ("--windows", args.windows)):
+    _check_state(args)
+    alone = {"--speculate": args.speculate, "--windows": args.windows, "--save": args.save, "--load": args.load}
+    for option, value in alone.items():
         if value not in ("none", None) and len(args.prompt or []) > 1:
             raise ConfigError(f"{option} goes with one prompt, and --prompt gives {len(args.prompt)}; leave one out")
     windows = [_read_text(file, str(file)) for file in args.windows or []]
     return Texts(args.prompt or [_read_text(args.file, str(args.file or "stdin"))], windows)
+
+
+def _check_state(args: argparse.Namespace) -> None:
+    """Refuse what does not go with a state on disk.
+
+    Raises:
+        ConfigError: it would be ignored, or cannot be.
+        DataError: no state can be written there.
+    """
+    from longctx.errors import ConfigError
+    from longctx.generate.store_files import check_place
+
+    if args.save is not None:
+        check_place(args.save)
+
+    for option, value in (("--save", args.save), ("--load", args.load)):
+        if value is not None and args.speculate != "none":
+            raise ConfigError(f"--speculate {args.speculate} does not go with {option}; leave one out")
+        if value is not None and args.loki is not None:
+            raise ConfigError(f"--loki {args.loki} caches keys in a basis of its own; leave it or {option} out")
+    if args.load is not None and args.windows is not None:
+        raise ConfigError("--windows does not go with --load; save a state behind the windows, or leave one out")
+    if args.load is not None and args.cache_bits is not None:
+        raise ConfigError(
+            f"--cache-bits {args.cache_bits} has no effect with --load: a state stays as it was stored; leave it out"
+        )
 
 
 def _windowing(args: argparse.Namespace) -> "ParallelContext":
@@ -188,6 +227,7 @@ def _generate(args: argparse.Namespace, texts: Texts, mesh: "Mesh | None") -> in
     from longctx.generate import Sampling, stream_text
     from longctx.generate.parallel_context import parallel_context
     from longctx.generate.shared_prompt import why_replicated
+    from longctx.generate.store import load_decoded, save_decoded
     from longctx.generate.text import batch_texts
     from longctx.runtime.agreement import agree
 
@@ -210,13 +250,20 @@ def _generate(args: argparse.Namespace, texts: Texts, mesh: "Mesh | None") -> in
         options = _windowing(args)
         make = partial(parallel_context, model, sink, read, query, options, cache, chunk)
         before = make() if mesh is None else agree(mesh, make)
+    if args.load is not None:
+        before = load_decoded(args.load, model, cache)
+        check = partial(_check_one_text, args.load, before)
+        check() if mesh is None else agree(mesh, check)
+    keep_state = None if args.save is None else partial(save_decoded, model=model, path=args.save)
     most = whole_number("--max-tokens", args.max_tokens)
     pieces: Iterable[str]
     if others:
         written = batch_texts(model, tokenizer, texts.prompts, most, sampling, args.stop, cache, chunk)
         pieces = ["\n".join(f"--- {number} ---\n{text}" for number, text in enumerate(written, start=1))]
     else:
-        pieces = stream_text(model, tokenizer, prompt, most, sampling, args.stop, cache, chunk, proposer, before)
+        pieces = stream_text(
+            model, tokenizer, prompt, most, sampling, args.stop, cache, chunk, proposer, before, keep_state
+        )
     for piece in pieces:
         if mesh is None or mesh.is_first:
             print(piece, end="", flush=True)
@@ -225,6 +272,13 @@ def _generate(args: argparse.Namespace, texts: Texts, mesh: "Mesh | None") -> in
         if proposer is not None and proposer.mean_accepted is not None:
             print(f"{proposer.mean_accepted:.2f} tokens per pass over {proposer.passes} passes", file=sys.stderr)
     return 0
+
+
+def _check_one_text(path: Path, before: "Decoded") -> None:
+    from longctx.errors import DataError
+
+    if len(before.tokens_BS) > 1:
+        raise DataError(f"the decode state {path} holds {len(before.tokens_BS)} texts; one prompt follows one text")
 
 
 def _proposer(args: argparse.Namespace, model: object) -> "Counted | None":

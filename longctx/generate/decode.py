@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S tokens so far, D model, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +97,7 @@ def decode_ids(
     cache: CacheOptions = _CACHE,
     chunk: int | None = None,
     before: Decoded | None = None,
+    read: Callable[[Decoded], None] | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, ``max_tokens`` times; all prompts have the same length.
 
@@ -107,6 +108,7 @@ def decode_ids(
         cache: how keys and values are stored.
         chunk: tokens of the prompts that run at a time, which bounds the memory they need; default: all.
         before: what the prompts follow.
+        read: is given the state behind the prompts, before any token is written.
 
     Raises:
         DataError: the prompts are empty.
@@ -114,6 +116,8 @@ def decode_ids(
     sampling = sampling or Sampling()
     generators = [sampling.generator(stream) for stream in (streams or range(len(prompts)))]
     hidden_B1D, done = prefilled(model, prompts, cache, chunk, before)
+    if read is not None:
+        read(done)
     for step in range(max_tokens):
         logits_BV = model.logits(hidden_B1D)[:, 0]
         row = [sampling.choose(logits_V, stream) for logits_V, stream in zip(logits_BV, generators, strict=True)]

@@ -1,6 +1,6 @@
 """Text from token ids, as it comes: whole characters only, stop strings cut off."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from longctx.cache.options import CacheOptions
 from longctx.data.tokenizer import Tokenizer
@@ -25,14 +25,16 @@ def stream_text(
     chunk: int | None = None,
     proposer: Proposer | None = None,
     before: Decoded | None = None,
+    read: Callable[[Decoded], None] | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces.
 
     It ends after ``max_tokens`` tokens, at the tokenizer's end token, or before the first of the ``stop`` strings.
 
     Args:
-        cache, chunk, before: as for :func:`longctx.generate.decode.decode_ids`.
-        proposer: of several tokens per step; the text stays what greedy decoding writes. It takes no ``before``.
+        cache, chunk, before, read: as for :func:`longctx.generate.decode.decode_ids`.
+        proposer: of several tokens per step; the text stays what greedy decoding writes. It takes neither ``before``
+            nor ``read``.
 
     Raises:
         DataError: the prompt is empty.
@@ -40,7 +42,7 @@ def stream_text(
     """
     ids, stopper, cache = _encoded(tokenizer, prompt), _Stopper(stop), cache or CacheOptions()
     if proposer is None:
-        rows = decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before)
+        rows = decode_ids(model, [ids], max_tokens, sampling, cache=cache, chunk=chunk, before=before, read=read)
         tokens = (row[0] for row in rows)
     else:
         check_speculation(sampling or Sampling())

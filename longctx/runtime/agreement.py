@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
+
 from longctx.errors import LongctxError
-from longctx.runtime.mesh import Mesh
+from longctx.runtime.mesh import Group, Mesh
 
 T = TypeVar("T")
 
@@ -14,7 +17,12 @@ class FailedElsewhere(LongctxError):
 
 
 def agree(mesh: Mesh, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank and return its result; collective.
+    """:func:`agree_among` all ranks."""
+    return agree_among(mesh.world, mesh.device, action)
+
+
+def agree_among(group: Group, device: torch.device, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank of a group and return its result; collective.
 
     Raises:
         LongctxError: the failure, on the first rank that met bad input; :class:`FailedElsewhere` on all others, so
@@ -26,10 +34,13 @@ def agree(mesh: Mesh, action: Callable[[], T]) -> T:
         result = action()
     except LongctxError as error:
         failure = error
-    failed = mesh.gather(failure is not None)
-    if not any(failed):
+    failed = torch.zeros(group.size, dtype=torch.int64, device=device)
+    failed[group.rank] = failure is not None
+    if group.size > 1:
+        dist.all_reduce(failed, group=group.handle)
+    if not failed.any():
         return result  # type: ignore[return-value]
-    first = failed.index(1)
-    if failure is not None and mesh.world.rank == first:
+    first = failed.tolist().index(1)
+    if failure is not None and group.rank == first:
         raise failure
-    raise FailedElsewhere(f"rank {first} stopped the run")
+    raise FailedElsewhere(f"rank {group.ranks[first]} stopped the run")

@@ -131,8 +131,6 @@ def test_what_uneven_rows_cannot_do_is_refused(seed: int) -> None:
     cache: Any = together.state[0]
     with pytest.raises(UnsupportedError, match="rows differ in length cannot be cut back"):
         cache.truncated(5)
-    with pytest.raises(UnsupportedError, match="rows differ in length cannot be written down"):
-        cache.parts()
     with pytest.raises(UnsupportedError, match="rows of different lengths attend over caches"):
         together.context.plan()
     with pytest.raises(DataError, match="the prompt is empty"):

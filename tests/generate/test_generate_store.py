@@ -22,7 +22,6 @@ from longctx.mixers import MIXERS
 from longctx.model.attached import AttachedCausalLM
 from longctx.model.block_transformer import build_native
 from longctx.recurrence import with_recurrence
-from longctx.runtime.mesh import Group
 from longctx.sequence.context import SequenceContext
 
 SIZES = {
@@ -165,10 +164,5 @@ def test_what_cannot_be_used_is_refused(seed: int, tmp_path: Path) -> None:
     file.write_bytes(content.replace(b"RaggedKV", b"RaggedKW").replace(b'\\"cache\\"', b'\\"cashe\\"'))
     with pytest.raises(DataError, match="is damaged"):
         load_decoded(file, model)
-    spread = run(model, tokens_of(seed, 9), CacheOptions(ranks=Group(0, (0,))))
-    with pytest.raises(UnsupportedError, match="a cache spread over ranks is not saved"):
-        save_decoded(spread, model, file)
-    with pytest.raises(UnsupportedError, match="is of one rank; load it without ranks"):
-        load_decoded(file, model, CacheOptions(ranks=Group(0, (0, 1))))
     with pytest.raises(DataError, match="cannot write the decode state"):
         save_decoded(done, model, tmp_path / "nowhere" / "state.safetensors")
