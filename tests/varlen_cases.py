@@ -40,4 +40,4 @@ def block_by_block(kernel: Kernel) -> Varlen:
 
 
 NAIVE_VARLEN = replace(NAIVE, name="naive_varlen", tile=None, varlen=block_by_block(NAIVE))
-FLASH_VARLEN = replace(CPU_FLASH, name="flash_varlen", varlen=block_by_block(CPU_FLASH))
+FLASH_VARLEN = replace(CPU_FLASH, name="flash_varlen", strip=None, varlen=block_by_block(CPU_FLASH))

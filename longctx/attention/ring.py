@@ -22,7 +22,6 @@ from longctx.attention.local import Partial, gradients
 from longctx.attention.merge import sink_gradient
 from longctx.attention.sums import Sums
 from longctx.attention.travel import QueryBlock, add_part_, pack_keys, pack_queries, unpack_queries
-from longctx.attention.travel import Schedules as Schedules
 from longctx.runtime.mesh import Group
 from longctx.sequence.collectives.ledger import Ledger
 from longctx.sequence.collectives.ring import Homeward, circulate
@@ -49,20 +48,17 @@ class RingCall:
 
     def part(self, side: Side) -> Part:
         """Which of this rank's flattened rows travel."""
-        return self._parts(side)[self.group.rank]
+        return self.plan.parts(side)[self.group.rank]
 
     def sizes(self, side: Side) -> list[int]:
         """Flattened rows of every rank that travel."""
-        return [part.size for part in self._parts(side)]
+        return self.plan.rows(side)
 
     def slices(self, step: int, source: int, side: Side) -> Slices:
         """Work at a step on this rank's rows and those of ``source``, which on ``side`` travelled if not its own."""
         rank = self.group.rank
         pair = (rank, source) if side == "keys" else (source, rank)
         return self.plan.visiting(*pair, side) if step else self.plan.slices(*pair)
-
-    def _parts(self, side: Side) -> tuple[Part, ...]:
-        return self.plan.key_parts if side == "keys" else self.plan.query_parts
 
 
 class RingAttention(torch.autograd.Function):

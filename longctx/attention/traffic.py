@@ -90,10 +90,9 @@ def _exchanged(context: SequenceContext, call: Call) -> tuple[list[Transfer], li
 def planned_ring(schedules: Schedules, group: Group, call: Call) -> tuple[list[Transfer], list[Transfer]]:
     """The transfers of a ring's forward, and of its backward."""
     plan = schedules.plan
-    key_rows = [part.size for part in plan.key_parts]
+    key_rows = plan.rows("keys")
     there = list(planned_transfers(group, schedules.there, key_rows, call.kv_bytes))
     if queries_travel(schedules, call.heads, call.kv_heads, call.head_dim, call.dtype):
         row, home = query_bytes(call.heads, call.head_dim, call.dtype), call.heads * call.head_dim * call.wide
-        query_rows = [part.size for part in plan.query_parts]
-        return there, planned_transfers(group, schedules.back, query_rows, row, home)
+        return there, planned_transfers(group, schedules.back, plan.rows("queries"), row, home)
     return there, planned_transfers(group, schedules.there, key_rows, call.kv_bytes, call.kv_gradient_bytes)

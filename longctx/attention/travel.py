@@ -1,4 +1,6 @@
-"""What travels in the backward of ring attention: keys and values with their gradients, or queries with theirs.
+"""What travels in ring attention, and when.
+
+Keys and values do; in the backward they and their gradients, or queries and theirs.
 
 Per token, keys and values cost ``2 K E`` numbers and their gradients ``2 K E`` wide ones; queries cost ``q`` and
 ``dout``, ``2 H E`` numbers, two wide numbers per head and ``H E`` wide ones for the gradient. Without grouped heads
@@ -37,12 +39,12 @@ class Schedules:
     @cached_property
     def key_rows(self) -> tuple[int, int]:
         """Rows of keys that all ranks together send, and rows of gradients that these bring home."""
-        return self.there.rows_sent([part.size for part in self.plan.key_parts])
+        return self.there.rows_sent(self.plan.rows("keys"))
 
     @cached_property
     def query_rows(self) -> tuple[int, int]:
         """The same of queries."""
-        return self.back.rows_sent([part.size for part in self.plan.query_parts])
+        return self.back.rows_sent(self.plan.rows("queries"))
 
 
 class QueryBlock(NamedTuple):

@@ -42,6 +42,8 @@ KEY, VALUE = ASK + 1, ASK + 1 + KEYS
 VOCAB = VALUE + VALUES
 QUESTION = 3
 """Tokens of a question: the mark, a key, its value."""
+_CHECKPOINTS = ("checkpoints",)
+"""What is in the folder of a model that no Hugging Face family has a place for."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,6 @@ def _check(path: Path, config: Config) -> None:
     for part in ("from_hf", "from_run", "recurrence", "block", "proposals", "sink_tokens"):
         if getattr(config.model, part):
             raise ConfigError(f"{path}: model.{part} has no place in this training; leave it out")
-
-
-_CHECKPOINTS = ("checkpoints",)
 
 
 def _exports(config: Model) -> bool:

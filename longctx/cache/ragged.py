@@ -109,7 +109,7 @@ class RaggedKV:
         """With T more tokens in every lane, or the first ``counts_B`` of T; ranks keep each what they own of them.
 
         Args:
-            position_BT: their positions in the sequence, above all those before.
+            position_BT: their positions in the sequence, above all those before; never changed in place.
             taken_BTK: which of them each kv head takes, on the host; None: all.
 
         Raises:
@@ -119,7 +119,7 @@ class RaggedKV:
             raise UnsupportedError("a cache in blocks takes no gradients; decode under torch.no_grad()")
         if self.options.search is not None:
             k_BTKE = self.options.search.keys(k_BTKE)
-        _, tokens, heads, size = k_BTKE.shape
+        batch, tokens, heads, size = k_BTKE.shape
         if tokens > 1:
             k_BTKE, v_BTKE = k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         k_mE, v_mE = k_BTKE.reshape(-1, size), v_BTKE.reshape(-1, size)
@@ -135,7 +135,7 @@ class RaggedKV:
             layout, _ = self.layout.append(taken_RT)
         # The same for all layers. What it was made of is kept, or another tensor could have its number.
         _, position_m = layout.once(
-            ("positions", id(position_BT), heads), lambda: (position_BT, _by_lane(position_BT, heads))
+            ("positions", id(position_BT), heads), lambda: (position_BT, _by_lane(position_BT, batch, heads))
         )
         pool = self._own_pool()
         pool.write(layout, tokens, k_mE, v_mE, position_m)
@@ -375,9 +375,9 @@ class RaggedKV:
         return self.pool.copy(self.layout)
 
 
-def _by_lane(position_BT: Tensor, kv_heads: int) -> Tensor:
+def _by_lane(position_BT: Tensor, batch: int, kv_heads: int) -> Tensor:
     """Positions of the new tokens of all lanes, int32 [R x T]."""
-    return position_BT.to(torch.int32).repeat_interleave(kv_heads, dim=0).flatten()
+    return position_BT.to(torch.int32)[:, None].expand(batch, kv_heads, position_BT.shape[1]).flatten()
 
 
 def all_compressed(state: Any) -> Any:

@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.training)
 
     def reset_parameters(self) -> None:
         """Do nothing."""

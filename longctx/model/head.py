@@ -66,7 +66,7 @@ class OutputHead(nn.Module):
         there is no token or no label on this rank. ``chunk`` is in tokens.
         """
         if labels_BT is None:
-            return self.shaping.apply(linear(hidden_BTD, self.weight))
+            return self.shaping.apply(linear(hidden_BTD, self.weight, training=self.training))
         return chunked_cross_entropy(hidden_BTD.flatten(0, 1), labels_BT.flatten(), self.weight, chunk, self.shaping)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""AttentionPlan: which slices of which hop are computed and which blocks are sent. Pure integers, no tensors.
+"""AttentionPlan: which slices of which hop are computed and which rows of blocks are sent. Pure integers, no tensors.
 
 Causality, documents, windows and sharding all become slices ``(q_start, q_end, k_start, k_end, mask)`` over the
 flattened batch x local-token axes of the query rank and the key rank. A window's band is cut into triangles and
@@ -61,13 +61,21 @@ class AttentionPlan:
 
     def visiting(self, rank: int, source: int, side: Side) -> Slices:
         """The same work of two different ranks where the rows of ``side`` are those that travel (its part) alone."""
-        part = self.key_parts[source] if side == "keys" else self.query_parts[rank]
+        part = self.parts(side)[source if side == "keys" else rank]
         if part.whole:
             return self.slices(rank, source)
         if (rank, source, side) not in self._found:
             moved = [_moved(s, part, side) for s in self._uncoalesced(rank, source)]
             self._found[rank, source, side] = Slices(coalesced(moved))
         return self._found[rank, source, side]
+
+    def parts(self, side: Side) -> tuple[Part, ...]:
+        """:attr:`key_parts` or :attr:`query_parts`."""
+        return self.key_parts if side == "keys" else self.query_parts
+
+    def rows(self, side: Side) -> list[int]:
+        """Rows of every rank's part."""
+        return [part.size for part in self.parts(side)]
 
     @cached_property
     def key_parts(self) -> tuple[Part, ...]:

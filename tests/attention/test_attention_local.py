@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,16 @@ def test_cut_triangles_equal_whole_ones(seed: int) -> None:
         wanted = everything(plan, WHOLE, None, number)
         for found, reference in zip(everything(plan, small, None, number), wanted, strict=True):
             torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"strip": (32, 100)}, {"strip": (32, 512)}, {"tile": (128, 448)}, {"varlen": NAIVE_VARLEN.varlen}],
+    ids=str,
+)
+def test_strips_that_a_kernel_cannot_have(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="strips"):
+        replace(CPU_FLASH, **changes)
 
 
 def test_other_documents_in_the_same_call_do_not_matter(seed: int) -> None:

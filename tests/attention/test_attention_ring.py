@@ -13,7 +13,8 @@ from attention_cases import Answer, Problem, context_of, oracle, random_problem,
 from pool import Pool
 
 from longctx.attention.kernels import CPU_FLASH, Scoring
-from longctx.attention.ring import RingAttention, RingCall, Schedules
+from longctx.attention.ring import RingAttention, RingCall
+from longctx.attention.travel import Schedules
 from longctx.runtime.mesh import Group, build_mesh
 from longctx.sequence.collectives.ring import _Flight
 from longctx.sequence.context import SequenceContext
@@ -43,7 +44,7 @@ def assert_exact(pool: Pool, world: int, problems: Sequence[Problem], wanted: Se
 
 def test_every_degree_equals_the_dense_oracle(pool: Pool, seed: int) -> None:
     rng = random.Random(seed)
-    problems = [*CORNERS, *(random_problem(rng, rng.choice(["naive", "cpu_flash"])) for _ in range(30))]
+    problems = [*CORNERS, *(random_problem(rng, rng.choice(["naive", "cpu_flash", "strips"])) for _ in range(30))]
     wanted = [oracle(problem) for problem in problems]
     for world in (1, 2, 3, 4):
         assert_exact(pool, world, problems, wanted)

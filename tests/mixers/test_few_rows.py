@@ -64,6 +64,8 @@ def test_everything_else_is_torchs_own_product(operator: Counted, seed: int, mon
     with torch.no_grad():
         for case in ((many, weight, bias), wide, (x, small, bias[:8]), (x[:0], weight, bias)):
             assert torch.equal(linear(*case), nn.functional.linear(*case))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
         with monkeypatch.context() as patch:
             patch.setattr(torch.backends.mkldnn, "enabled", False)
             assert torch.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
@@ -80,7 +82,7 @@ def test_a_build_without_the_operator(monkeypatch: pytest.MonkeyPatch, seed: int
 
 def test_layers_use_it(operator: Counted, seed: int) -> None:
     x, weight, bias = operands(seed, 1, 1)
-    layer = Linear(WIDTHS[1], WIDTHS[0])
+    layer = Linear(WIDTHS[1], WIDTHS[0]).eval()
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
@@ -88,6 +90,17 @@ def test_layers_use_it(operator: Counted, seed: int) -> None:
     x.requires_grad_()
     layer(x).sum().backward()  # type: ignore[no-untyped-call]
     assert operator.calls == 2 and x.grad is not None
+
+
+def test_what_trains_is_multiplied_alike_when_it_runs_again(operator: Counted, seed: int) -> None:
+    """Recomputation runs a layer once without gradients."""
+    x, weight, bias = operands(seed, 3, 1)
+    layer = Linear(WIDTHS[1], WIDTHS[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        first = layer(x)
+    assert torch.equal(first, layer(x)) and not operator.calls
 
 
 def test_the_operator_takes_what_it_is_given() -> None:

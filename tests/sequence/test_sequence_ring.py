@@ -45,6 +45,17 @@ def messages(planned: list[list[Transfer]], direction: str) -> dict[tuple[str, i
 
 @settings(max_examples=300)
 @given(schedules())
+def test_rows_that_are_counted_are_rows_that_are_posted(case: tuple[Schedule, list[int]]) -> None:
+    """By these a plan decides what travels."""
+    schedule, sizes = case
+    posted = [t for rank in range(schedule.size) for t in plan_of(schedule, rank, sizes) if t.direction == "send"]
+    home = sum(t.bytes for t in posted if t.kind == "ring-return")
+    there = sum(t.bytes for t in posted) - home
+    assert schedule.rows_sent(sizes) == (there // ROW_BYTES, home // RETURN_BYTES)
+
+
+@settings(max_examples=300)
+@given(schedules())
 def test_every_send_has_its_receive(case: tuple[Schedule, list[int]]) -> None:
     schedule, sizes = case
     planned = [plan_of(schedule, rank, sizes) for rank in range(schedule.size)]

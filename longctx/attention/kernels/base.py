@@ -156,12 +156,20 @@ class Kernel:
     found: Callable[[torch.device], bool] = always
 
     def __post_init__(self) -> None:
-        """A strip is not cut again."""
+        """Strips are not cut again.
+
+        Raises:
+            ValueError: strips that do not fill their blocks or do not fit the tiles, or beside ``varlen``.
+        """
         if self.strip is None:
             return
+        if self.varlen is not None:
+            raise ValueError(f"the {self.name} kernel takes blocks of many lengths; leave out its strips")
         least = min((side for tile in (self.tile, self.backward_tile) if tile for side in tile), default=self.strip[1])
         if self.strip[1] % self.strip[0] or self.strip[1] > least:
-            raise ValueError(f"strips {self.strip} of the {self.name} kernel: no multiple, or beyond its tiles")
+            raise ValueError(
+                f"strips {self.strip} of the {self.name} kernel; use a block of whole strips that fits its tiles"
+            )
 
     def check(self, dtype: torch.dtype, head_dim: int, softcap: float | None = None) -> None:
         """Refuse what this kernel does not take.

@@ -1,7 +1,9 @@
 """torch's CPU flash attention: native GQA, returns and accepts the log-sum-exp, no score matrix.
 
-Its traps: an empty operand crashes the process, causal means top-left aligned, a fully masked row reports lse 0. Slices
-are never empty and causal ones are square, so none of the three can occur here.
+Its traps: an empty operand crashes the process, causal means top-left aligned, a fully masked row reports lse 0. Blocks
+are never empty, those that are not square come with a mask in place of the flag, and every row sees a key, so none of
+the three can occur here. A mask is added to scores: a key that is no finite number reaches the rows of its strip that
+are before it, as a value that is none reaches those of its block with the flag, too.
 
 It works on blocks of 512 keys, hidden ones included, so that a causal block below that costs as much as the whole
 square; and in blocks of 32 rows where there are few. Triangles therefore come as strips of 32 rows, with a mask. A
@@ -37,13 +39,13 @@ def _backward(
 
 def _mask(qkv: Operands, causal: bool) -> torch.Tensor | None:
     """What a causal block adds to its scores, where there are more keys than rows."""
-    rows, columns = qkv[0].shape[2], qkv[1].shape[2]
-    return _trapezoid(rows, columns, qkv[0].dtype) if causal and rows != columns else None
+    q, rows, columns = qkv[0], qkv[0].shape[2], qkv[1].shape[2]
+    return _trapezoid(rows, columns, q.dtype, q.device) if causal and rows != columns else None
 
 
-@lru_cache(maxsize=256)
-def _trapezoid(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((rows, columns), float("-inf"), dtype=dtype).triu(columns - rows + 1)
+@lru_cache(maxsize=1024)
+def _trapezoid(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((rows, columns), float("-inf"), dtype=dtype, device=device).triu(columns - rows + 1)
 
 
 CPU_FLASH = flash_kernel(
