@@ -106,7 +106,7 @@ def through_slices(
     partial.attend(q, k, v, slices, kernel, scoring)
     out, lse = partial.finished(None, q.dtype)
     dq = Sums.like(q, lse.dtype)
-    dkv = gradients(dout, q, k, v, out, lse, slices, kernel, scoring, dq)
+    dkv = gradients(dout, q, k, v, out, lse, slices, kernel, scoring, dq).finished()
     return dict(zip(PARTS, (out, lse, dq.finished(), dkv[:, 0], dkv[:, 1]), strict=True))
 
 

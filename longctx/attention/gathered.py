@@ -105,9 +105,9 @@ def _gradients(
     q_NHE, kv_M2KE, sink_H, bias_2HE, out_NHE, lse_NH = ctx.saved_tensors
     dsink_H = sink_gradient(dout_NHE, out_NHE, lse_NH, sink_H)
     dq = Sums.like(q_NHE, lse_NH.dtype)
-    dkv_M2KE = gradients(
+    dkv = gradients(
         dout_NHE, q_NHE, kv_M2KE[:, 0], kv_M2KE[:, 1], out_NHE, lse_NH, call.slices, call.kernel, call.scoring, dq
     )
-    dq_NHE = dq.finished()
+    dq_NHE, dkv_M2KE = dq.finished(), dkv.finished()
     dbias_2HE = bias_gradients(dout_NHE, q_NHE, out_NHE, lse_NH, bias_2HE, call.scoring, dq_NHE)
     return dq_NHE.to(q_NHE.dtype), dkv_M2KE, dsink_H, dbias_2HE

@@ -67,15 +67,19 @@ class Partial:
 def gradients(
     dout_NHE: torch.Tensor, q_NHE: torch.Tensor, k_MKE: torch.Tensor, v_MKE: torch.Tensor, out_NHE: torch.Tensor,
     lse_NH: torch.Tensor, slices: Sequence[Slice], kernel: Kernel, scoring: Scoring, dq_NHE: Sums,
-) -> torch.Tensor:  # fmt: skip
-    """Add this block's share to ``dq_NHE`` and return its dk and dv, stacked [M, 2, K, E], in the wide dtype."""
-    dkv_M2KE = torch.empty(k_MKE.shape[0], 2, *k_MKE.shape[1:], dtype=lse_NH.dtype, device=k_MKE.device)
-    dkv = Sums(dkv_M2KE, *dkv_M2KE.unbind(1))
+    dkv_M2KE: Sums | None = None,
+) -> Sums:  # fmt: skip
+    """Add this block's share to ``dq_NHE``, and to its dk and dv, stacked [M, 2, K, E], in the wide dtype.
+
+    Args:
+        dkv_M2KE: what other queries have added to dk and dv; None: none have yet.
+    """
+    dkv_M2KE = dkv_M2KE or Sums.pair(k_MKE, lse_NH.dtype)
     for step in steps_of(slices, kernel, backward=True):
         dq, dk, dv = _backward(kernel, step, dout_NHE, q_NHE, k_MKE, v_MKE, out_NHE, lse_NH, scoring)
         dq_NHE.add(step.rows, dq)
-        dkv.add(step.columns, dk, dv)
-    return dkv.finished()
+        dkv_M2KE.add(step.columns, dk, dv)
+    return dkv_M2KE
 
 
 def _forward(

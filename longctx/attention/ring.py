@@ -107,7 +107,8 @@ def _keys_travel(
         dkv_M2KE = None
         if kv is not None and (step == 0 or call.there.needed[step, call.group.rank]):
             slices = call.slices(step, source, "keys")
-            dkv_M2KE = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE)
+            sums = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE)
+            dkv_M2KE = sums.finished()
         if step == 0:
             assert dkv_M2KE is not None
             own = dkv_M2KE
@@ -123,7 +124,7 @@ def _queries_travel(
     assert call.back is not None
     wide, sizes = queries.lse_NH.dtype, call.sizes("queries")
     own = Sums.like(queries.q_NHE, wide)
-    dkv_M2KE = k_MKE.new_empty((0, 2, *k_MKE.shape[1:]), dtype=wide)
+    dkv: Sums | None = None
     like = queries.lse_NH.new_empty((0, *queries.q_NHE.shape[1:]))
     homeward = Homeward(like, sizes, call.back, call.group, call.ledger)
     packed = pack_queries(queries, call.part("queries")) if len(call.back.steps) > 1 else queries.q_NHE
@@ -131,15 +132,16 @@ def _queries_travel(
         slices = call.slices(step, source, "queries")
         dq_NHE = None
         if step == 0:
-            dkv_M2KE = gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
+            dkv = gradients(*queries[:2], k_MKE, v_MKE, *queries[2:], slices, call.kernel, call.scoring, own)
             continue
         if block is not None and slices:
             visitors = unpack_queries(block, queries)
             dq = Sums.like(visitors.q_NHE, wide)
-            dkv_M2KE += gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq)
+            gradients(*visitors[:2], k_MKE, v_MKE, *visitors[2:], slices, call.kernel, call.scoring, dq, dkv)
             dq_NHE = dq.finished()
         homeward.add(step, dq_NHE)
-    return add_part_(own.finished(), homeward.arrived(), call.part("queries")), dkv_M2KE
+    assert dkv is not None
+    return add_part_(own.finished(), homeward.arrived(), call.part("queries")), dkv.finished()
 
 
 def _blocks(

@@ -60,6 +60,12 @@ class Sums:
         """For rows of the same shape."""
         return Sums(torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format))
 
+    @staticmethod
+    def pair(tensor: torch.Tensor, dtype: torch.dtype) -> "Sums":
+        """For two such tensors, stacked [rows, 2, ...] and added to together."""
+        total = torch.empty(tensor.shape[0], 2, *tensor.shape[1:], dtype=dtype, device=tensor.device)
+        return Sums(total, *total.unbind(1))
+
     def add(self, rows: Rows | Blocks, *addends: torch.Tensor) -> None:
         """Add to each part."""
         first = self._seen.first(rows, self._parts)

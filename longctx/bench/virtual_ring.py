@@ -56,15 +56,16 @@ class VirtualRing:
         self, dout_THE: Shards, q_THE: Shards, k_TKE: Shards, v_TKE: Shards, out_THE: Shards, lse_TH: Shards
     ) -> tuple[Shards, Shards, Shards]:
         """Every rank's dq, dk and dv in the dtype of its operands."""
-        dqs, dkvs = [], [k.new_zeros(k.shape[0], 2, *k.shape[1:], dtype=lse_TH[0].dtype) for k in k_TKE]
+        dqs, sums = [], [Sums.pair(k, lse_TH[0].dtype) for k in k_TKE]
         for rank, q in enumerate(q_THE):
             dq = Sums.like(q, lse_TH[rank].dtype)
             for source in self._sources(rank):
-                dkvs[source] += gradients(
+                gradients(
                     dout_THE[rank], q, k_TKE[source], v_TKE[source], out_THE[rank], lse_TH[rank],
-                    self.plan.slices(rank, source), self.kernel, self.scoring, dq,
+                    self.plan.slices(rank, source), self.kernel, self.scoring, dq, sums[source],
                 )  # fmt: skip
             dqs.append(dq.finished().to(q.dtype))
+        dkvs = [dkv.finished() for dkv in sums]
         dk, dv = ([dkv[:, i].to(k_TKE[0].dtype) for dkv in dkvs] for i in range(2))
         return dqs, dk, dv
 
