@@ -107,8 +107,7 @@ def _keys_travel(
         dkv_M2KE = None
         if kv is not None and (step == 0 or call.there.needed[step, call.group.rank]):
             slices = call.slices(step, source, "keys")
-            sums = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE)
-            dkv_M2KE = sums.finished()
+            dkv_M2KE = gradients(*queries[:2], *kv, *queries[2:], slices, call.kernel, call.scoring, dq_NHE).finished()
         if step == 0:
             assert dkv_M2KE is not None
             own = dkv_M2KE

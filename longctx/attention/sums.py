@@ -28,7 +28,9 @@ class Seen:
         if count == len(before):
             return False
         if count:
-            self._clear(tensors, np.arange(len(self._seen_N))[rows.host][~before])
+            unseen_N = np.zeros_like(self._seen_N)
+            unseen_N[rows.host] = ~before
+            _clear(tensors, unseen_N)
         self._seen_N[rows.host] = True
         self._left -= len(before) - count
         return not count
@@ -36,13 +38,16 @@ class Seen:
     def clear_rest(self, tensors: Sequence[torch.Tensor]) -> None:
         """Zeros for all rows that hold nothing."""
         if self._left:
-            self._clear(tensors, np.flatnonzero(~self._seen_N))
+            _clear(tensors, ~self._seen_N)
             self._left = 0
 
-    @staticmethod
-    def _clear(tensors: Sequence[torch.Tensor], index: npt.NDArray[np.int64]) -> None:
+
+def _clear(tensors: Sequence[torch.Tensor], where_N: npt.NDArray[np.bool_]) -> None:
+    """Zeros, run by run."""
+    edges = np.flatnonzero(np.diff(where_N, prepend=False, append=False))
+    for start, stop in edges.reshape(-1, 2).tolist():
         for tensor in tensors:
-            tensor.index_fill_(0, torch.as_tensor(index, device=tensor.device), 0)
+            tensor[start:stop].zero_()
 
 
 class Sums:

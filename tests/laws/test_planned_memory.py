@@ -13,6 +13,7 @@ from attention_cases import Problem, context_of, groups_of
 from pool import Pool
 
 from longctx.attention import attention
+from longctx.attention.kernels import CPU_FLASH
 from longctx.attention.schemes import SCHEMES
 from longctx.attention.ulysses import HeadShare
 from longctx.bench.live_bytes import LiveBytes
@@ -30,19 +31,25 @@ class Measured:
     tokens: int
 
 
-def measure_here(problem: Problem) -> Measured:
-    """Everything from the inputs on, as seen by this rank."""
+WHOLE = replace(CPU_FLASH, strip=None, backward_tile=None)
+"""Takes a triangle in one call, so that what it returns is as long as what it is given, at any length."""
+
+
+def measure_here(problem: Problem, strips: bool = False) -> Measured:
+    """Everything from the inputs on, as seen by this rank; ``strips``: with the kernel as it is, once it has masks."""
     (group,) = groups_of([problem])
     context = context_of(problem, group)
     context.plan()
-    watch = LiveBytes()
-    with watch:
-        q, k, v = (
-            torch.randn(1, context.local_length, heads, HEAD_DIM, requires_grad=True)
-            for heads in (problem.heads, problem.kv_heads, problem.kv_heads)
-        )
-        out = attention(q, k, v, context)
-        out.backward(torch.randn(out.shape))
+    for _ in range(2 if strips else 1):
+        watch = LiveBytes()
+        with watch:
+            q, k, v = (
+                torch.randn(1, context.local_length, heads, HEAD_DIM, requires_grad=True)
+                for heads in (problem.heads, problem.kv_heads, problem.kv_heads)
+            )
+            out = attention(q, k, v, context, kernel=CPU_FLASH if strips else WHOLE)
+            out.backward(torch.randn(out.shape))
+        del q, k, v, out
     return Measured(watch.peak, watch.largest, context.local_length)
 
 
@@ -78,6 +85,15 @@ def test_peak_bytes_follow_the_formula_at_two_lengths(pool: Pool) -> None:
         if world == 4:
             # The formula is what is really held, not a generous bound.
             assert max(m.peak for m in long) > 0.93 * formula(256)
+
+
+def test_strips_hold_no_more(pool: Pool) -> None:
+    """What comes of them is shorter; a square below them may hold its log-sum-exp once more."""
+    for world in (1, 4):
+        for tokens in (128, 700):
+            for measured in pool.run(measure_here, world, problem_of(tokens * world), True):
+                assert_no_long_tensor(measured)
+                assert measured.peak <= formula(tokens) + 4 * tokens * HEADS
 
 
 def test_more_ranks_hold_less_each(pool: Pool) -> None:
