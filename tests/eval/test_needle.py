@@ -102,13 +102,13 @@ def test_blind_spot_shows_in_its_cell_only() -> None:
     assert [cell["choice_accuracy"] for cell in result["cells"]] == [pytest.approx(0.1, abs=1e-15), 1.0]
 
 
-def test_ranks_share_the_samples() -> None:
+def test_ranks_share_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No process group here: what a rank holds before the reduction is its own share.
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: None)
     whole = needle_retrieval(ReaderModel(answer_from_needle), task(), TOKENIZER, (450,), DEPTHS, 3, alone())
     parts = []
     for rank in range(2):
         mesh = Mesh(Group(rank, (0, 1)), Group(0, (0,)), Group(0, (0,)), alone().device)
-        # No process group here: what a rank holds before the reduction is its own share.
-        object.__setattr__(mesh, "all_reduce", lambda tensor: tensor)
         counted: list[None] = []
         part = needle_retrieval(
             ReaderModel(answer_from_needle), task(), TOKENIZER, (450,), DEPTHS, 3, mesh,
