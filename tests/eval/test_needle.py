@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+import torch.distributed as dist
 from eval_fakes import ArrayCorpus, ByteTokenizer, ReaderModel, answer_from_needle
 
 from longctx.errors import DataError, LongctxError
