@@ -117,10 +117,18 @@ def test_packed_documents_cost_the_rows_that_others_need(pool: Pool, seed: int) 
             causal, window = rng.choice([(True, None), (False, None), (True, 2 * world)])
             problems.append(Problem(60, documents, 6, 2, 8, layout, causal, window, dtype=torch.float32))
         for problem, answer in zip(problems, solve(pool, world, problems), strict=True):
-            rows, needs = rows_that_travel(problem, world, "keys")
-            there, home = hops(needs)
-            messages = np.dot(rows, [2 * t + h for t, h in zip(there, home, strict=True)])
-            assert sum(map(sent, answer.transfers)) == messages * 2 * 2 * 8 * 4, problem
+            # Of one row: k and v, as many numbers of gradients; q and dout with two numbers a head, and the gradient.
+            forward, keys = costs(problem, world, "keys", 2 * 2 * 8 * 4, 2 * 2 * 8 * 4)
+            _, queries = costs(problem, world, "queries", 6 * (2 * 8 + 2) * 4, 6 * 8 * 4)
+            assert sum(map(sent, answer.transfers)) == forward + min(keys, queries), problem
+
+
+def costs(problem: Problem, world: int, side: str, row: int, gradient: int) -> tuple[int, int]:
+    """Bytes that all ranks send: of rows that go around, and of these with gradients that come home."""
+    rows, needs = rows_that_travel(problem, world, side)
+    there, home = hops(needs)
+    forward = int(np.dot(rows, there)) * row
+    return forward, forward + int(np.dot(rows, home)) * gradient
 
 
 @pytest.mark.parametrize("end, travellers", [(17, "keys"), (15, "queries")])
