@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from longctx.errors import LongctxError
-from longctx.runtime.mesh import Group, Mesh
+from longctx.runtime.mesh import Group, Mesh, gather_numbers
 
 T = TypeVar("T")
 
@@ -34,13 +33,10 @@ def agree_among(group: Group, device: torch.device, action: Callable[[], T]) -> 
         result = action()
     except LongctxError as error:
         failure = error
-    failed = torch.zeros(group.size, dtype=torch.int64, device=device)
-    failed[group.rank] = failure is not None
-    if group.size > 1:
-        dist.all_reduce(failed, group=group.handle)
-    if not failed.any():
+    failed = gather_numbers(failure is not None, group, device)
+    if not any(failed):
         return result  # type: ignore[return-value]
-    first = failed.tolist().index(1)
+    first = failed.index(1)
     if failure is not None and group.rank == first:
         raise failure
     raise FailedElsewhere(f"rank {group.ranks[first]} stopped the run")

@@ -62,13 +62,20 @@ class Mesh:
 
     def gather(self, number: int) -> list[int]:
         """The number of every rank of the world, in rank order."""
-        numbers = torch.zeros(self.world.size, dtype=torch.int64, device=self.device)
-        numbers[self.world.rank] = number
-        return [int(n) for n in self.all_reduce(numbers).tolist()]
+        return gather_numbers(number, self.world, self.device)
 
     def barrier(self) -> None:
         if self.world.size > 1:
             dist.barrier(group=self.world.handle)
+
+
+def gather_numbers(number: int, group: Group, device: torch.device) -> list[int]:
+    """The number of every rank of a group, in rank order; collective."""
+    numbers = torch.zeros(group.size, dtype=torch.int64, device=device)
+    numbers[group.rank] = number
+    if group.size > 1:
+        dist.all_reduce(numbers, group=group.handle)
+    return [int(n) for n in numbers.tolist()]
 
 
 def alone(device: torch.device | str = "cpu") -> Mesh:
